@@ -96,7 +96,9 @@ def check_name(name: str, what: str) -> None:
         RequestRefused: NAME.
     """
     if not NAME.fullmatch(name) or ".." in name.split("/"):
-        raise refuse("NAME", f"{what} {name[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}} with no '..' segment")
+        raise refuse(
+            "NAME", f"{what} {name[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}} with no '..' segment"
+        )
 
 
 def storage_dtype(dtype: int) -> int:
@@ -278,7 +280,10 @@ class Routes:
             "PARTITION_OFFLINE",
             f"server {name!r} is lost ({why}); it held the only copy of partition {row.id} of {table!r}. "
             "Restart the job from its last checkpoint (paramesh.load), or from the start.",
-            server=name, partition=row.id, table=table, why=why,
+            server=name,
+            partition=row.id,
+            table=table,
+            why=why,
         )
 
     def table(self, name: str) -> pb.TableEntry:

@@ -1,0 +1,72 @@
+"""Which calls may be repeated, and how long to wait in between.
+
+Every call of the contract is repeatable, each for its own reason; a new one must be
+listed here with its reason, and a test holds the table against the descriptors.
+"""
+
+from __future__ import annotations
+
+import random
+
+REPEATABLE: dict[str, str] = {
+    "ParameterServer.Push": "staged: by (step, attempt); sequenced: by seq and digest",
+    "ParameterServer.Pull": "reads",
+    "ParameterServer.Assign": "by (client, assign_id)",
+    "ParameterServer.Snapshot": "reads",
+    "ParameterServer.Norms": "reads; the sum is a function of the step's record",
+    "ParameterServer.Inspect": "reads",
+    "Ledger.Join": "a member keeps its rank",
+    "Ledger.Leave": "leaving twice is leaving",
+    "Ledger.SetActivity": "sets a value",
+    "Ledger.OpenGroup": "by (name, digest)",
+    "Ledger.AwaitInit": "the owner stays the owner",
+    "Ledger.CommitInit": "by attempt",
+    "Ledger.Ready": "by (step, attempt); a decided step answers its record",
+    "Ledger.Clip": "norms are a function of the step",
+    "Ledger.Clock": "by the clock's number",
+    "Ledger.GetSteps": "reads",
+    "Ledger.ReportMissing": "adds to a set",
+    "Ledger.Lease": "an answer that was lost comes back at eviction or when asked again",
+    "Ledger.ReturnLeases": "returning twice is returning",
+    "Ledger.PutState": "by version",
+    "Ledger.GetState": "reads",
+    "Ledger.Gather": "by (name, round)",
+    "Ledger.Report": "the latest counts",
+    "Ledger.LedgerStatus": "reads",
+    "Membership.RegisterServer": "by (name, incarnation)",
+    "Membership.RegisterHost": "by (name, incarnation)",
+    "Membership.RegisterClient": "by (slot, incarnation)",
+    "Membership.Heartbeat": "beats",
+    "Membership.ReportExit": "a dead process stays dead",
+    "Membership.Deregister": "leaving twice is leaving",
+    "MapService.GetMap": "reads",
+    "MapService.WatchMap": "reads",
+    "Catalog.CreateTable": "by (name, schema digest)",
+    "Catalog.DescribeTable": "reads",
+    "Admin.GetStatus": "reads",
+    "Admin.ListEvents": "reads",
+    "Replication.Append": "by (epoch, lsn)",
+    "Replication.Install": "replaces",
+    "ServerControl.Fence": "a tombstone is for ever",
+    "ServerControl.Evict": "a tombstone is for ever",
+    "ServerControl.BecomePrimary": "by epoch",
+}
+
+
+class Backoff:
+    """Waits of 50 ms doubling to 2 s, each with jitter down to half of it.
+
+    Args:
+        first: seconds of the first wait: a failover is under way, not over.
+        cap: seconds at most: half of the time in which a lost server must be named.
+    """
+
+    def __init__(self, first: float = 0.05, cap: float = 2.0):
+        self._next = first
+        self._cap = cap
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        wait = self._next
+        self._next = min(self._cap, wait * 2)
+        return wait * random.uniform(0.5, 1.0)
