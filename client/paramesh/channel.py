@@ -78,9 +78,7 @@ def header(job: str, generation: int = 0, client_id: int = 0) -> pb.RequestHeade
     return pb.RequestHeader(job=job, generation=generation, client_id=client_id, protocol=PROTOCOL)
 
 
-def check_header(
-    request: pb.RequestHeader, job: str, generation: int, *, allow_no_generation: bool = False
-) -> None:
+def check_header(request: pb.RequestHeader, job: str, generation: int, *, allow_no_generation: bool = False) -> None:
     """Refuse a request of another protocol, cluster or generation, in that order.
 
     Args:
@@ -101,9 +99,7 @@ def check_header(
             got=request.protocol,
         )
     if request.job != job:
-        raise refuse(
-            "WRONG_CLUSTER", f"this is job {job!r}, the request is for {request.job[:80]!r}", job=job
-        )
+        raise refuse("WRONG_CLUSTER", f"this is job {job!r}, the request is for {request.job[:80]!r}", job=job)
     if allow_no_generation and not request.generation:
         return
     if generation and request.generation < generation:
@@ -182,17 +178,13 @@ class ParameterServerServicer(Protocol):
     ) -> ps.AssignResponse:
         """Write values or optimizer state."""
 
-    def Snapshot(
-        self, request: ps.SnapshotRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[bytes]:
+    def Snapshot(self, request: ps.SnapshotRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         """Yield encoded `SnapshotResponse` messages."""
 
     async def Norms(self, request: ps.NormsRequest, context: grpc.aio.ServicerContext) -> ps.NormsResponse:
         """Partial squared norms."""
 
-    async def Inspect(
-        self, request: ps.InspectRequest, context: grpc.aio.ServicerContext
-    ) -> ps.InspectResponse:
+    async def Inspect(self, request: ps.InspectRequest, context: grpc.aio.ServicerContext) -> ps.InspectResponse:
         """State of partitions."""
 
 
@@ -206,9 +198,7 @@ def add_parameter_server(servicer: ParameterServerServicer, server: grpc.aio.Ser
         "Assign": grpc.stream_unary_rpc_method_handler(
             servicer.Assign, _decoder(ps.AssignHeader), ps.AssignResponse.SerializeToString
         ),
-        "Snapshot": grpc.unary_stream_rpc_method_handler(
-            servicer.Snapshot, ps.SnapshotRequest.FromString, _identity
-        ),
+        "Snapshot": grpc.unary_stream_rpc_method_handler(servicer.Snapshot, ps.SnapshotRequest.FromString, _identity),
         "Norms": grpc.unary_unary_rpc_method_handler(
             servicer.Norms, ps.NormsRequest.FromString, ps.NormsResponse.SerializeToString
         ),

@@ -164,97 +164,59 @@ def _row(code: int, action: Action, error: type[ParameshError], meaning: str) ->
 
 REASONS: dict[str, Reason] = {
     # Routing and fencing.
-    "STALE_EPOCH": _row(
-        FAILED_PRECONDITION, Action.REFRESH, Retryable, "the map is older than the partition"
-    ),
-    "UNKNOWN_EPOCH": _row(
-        UNAVAILABLE, Action.BACK_OFF, Retryable, "the server's map is older than the client's"
-    ),
+    "STALE_EPOCH": _row(FAILED_PRECONDITION, Action.REFRESH, Retryable, "the map is older than the partition"),
+    "UNKNOWN_EPOCH": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "the server's map is older than the client's"),
     "NOT_PRIMARY": _row(FAILED_PRECONDITION, Action.REFRESH, Retryable, "another server is the primary"),
     "WRONG_PARTITION": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "no such partition in this job"),
-    "PARTITION_OFFLINE": _row(
-        UNAVAILABLE, Action.RAISE, PartitionOffline, "no live replica holds the partition"
-    ),
+    "PARTITION_OFFLINE": _row(UNAVAILABLE, Action.RAISE, PartitionOffline, "no live replica holds the partition"),
     "NOT_READY": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "starting, draining or waiting for servers"),
-    "NOT_ENOUGH_REPLICAS": _row(
-        UNAVAILABLE, Action.BACK_OFF, Retryable, "fewer in-sync replicas than min_isr"
-    ),
+    "NOT_ENOUGH_REPLICAS": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "fewer in-sync replicas than min_isr"),
     "OVERLOADED": _row(RESOURCE_EXHAUSTED, Action.BACK_OFF, Retryable, "too much in flight; wait as told"),
     "INITIALISING": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "first values are not there yet"),
     # Identity.
-    "WRONG_CLUSTER": _row(
-        FAILED_PRECONDITION, Action.RAISE, StateRefused, "the address belongs to another job"
-    ),
+    "WRONG_CLUSTER": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "the address belongs to another job"),
     "OLD_GENERATION": _row(ABORTED, Action.RAISE, StateRefused, "the job was restored since; start anew"),
     "STALE_TERM": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "a newer coordinator is in charge"),
     "CLIENT_FENCED": _row(FAILED_PRECONDITION, Action.REJOIN, Fenced, "this client was evicted"),
     "EVICTED": _row(FAILED_PRECONDITION, Action.REJOIN, Fenced, "this client was evicted from the ledger"),
     "NOT_MEMBER": _row(FAILED_PRECONDITION, Action.REJOIN, Fenced, "this client has not joined, or has left"),
-    "VERSION": _row(
-        FAILED_PRECONDITION, Action.RAISE, StateRefused, "incompatible wire protocol; upgrade one side"
-    ),
+    "VERSION": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "incompatible wire protocol; upgrade one side"),
     "NODE_NAME": _row(ALREADY_EXISTS, Action.RAISE, StateRefused, "a live process has this name"),
-    "ADDRESS": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "the advertised address cannot be dialled"
-    ),
-    "INCARNATION": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "an incarnation must be a nonzero number"
-    ),
+    "ADDRESS": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "the advertised address cannot be dialled"),
+    "INCARNATION": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "an incarnation must be a nonzero number"),
     "UNKNOWN_NODE": _row(NOT_FOUND, Action.RAISE, StateRefused, "that node never registered"),
     # Sequence numbers.
-    "SEQ_REUSED": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a sequence number came with other bytes"
-    ),
-    "SEQ_TOO_OLD": _row(
-        ALREADY_EXISTS, Action.RAISE, StateRefused, "older than the window; applied long ago"
-    ),
+    "SEQ_REUSED": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a sequence number came with other bytes"),
+    "SEQ_TOO_OLD": _row(ALREADY_EXISTS, Action.RAISE, StateRefused, "older than the window; applied long ago"),
     "SEQ_GAP": _row(ABORTED, Action.BACK_OFF, Retryable, "an earlier push has not come yet"),
     "SEQ_TOO_FAR": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "more than five pushes ahead"),
     # Steps.
     "NEED_STEPS": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "the partition lacks decided steps"),
-    "NOT_STAGED": _row(
-        FAILED_PRECONDITION, Action.SUPPLY, Retryable, "a contribution named in the step is missing"
-    ),
-    "TOO_LATE": _row(
-        FAILED_PRECONDITION, Action.RAISE, StateRefused, "the step was decided without this contribution"
-    ),
+    "NOT_STAGED": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "a contribution named in the step is missing"),
+    "TOO_LATE": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "the step was decided without this contribution"),
     "STEP_OUT_OF_RANGE": _row(OUT_OF_RANGE, Action.RAISE, StateRefused, "the step is not the next one"),
     "WAITING_FOR_WORKERS": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "other workers are awaited"),
     "CLOCK": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "the clock is not the next one"),
-    "LEASE": _row(
-        FAILED_PRECONDITION, Action.RAISE, StateRefused, "the sample range is not leased to this worker"
-    ),
+    "LEASE": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "the sample range is not leased to this worker"),
     # Payloads and schemas.
     "UNKNOWN_TABLE": _row(NOT_FOUND, Action.RAISE, RequestRefused, "no such table"),
     "UNKNOWN_GROUP": _row(NOT_FOUND, Action.RAISE, RequestRefused, "no such table group"),
-    "TENSOR_MISMATCH": _row(
-        INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "the model differs from the others'"
-    ),
+    "TENSOR_MISMATCH": _row(INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "the model differs from the others'"),
     "DTYPE": _row(INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "unknown or unexpected element type"),
     "SHAPE": _row(INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "impossible or unexpected shape"),
-    "PAYLOAD_SIZE": _row(
-        INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "bytes do not match what is declared"
-    ),
+    "PAYLOAD_SIZE": _row(INVALID_ARGUMENT, Action.RAISE, TensorMismatch, "bytes do not match what is declared"),
     "CODEC": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "unknown or broken encoding"),
     "CRC": _row(DATA_LOSS, Action.BACK_OFF, Retryable, "bytes were damaged on the way"),
     "NON_FINITE": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a gradient holds NaN or infinity"),
-    "NAME": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a name must match [A-Za-z0-9_.:/-]{1,256}, no '..'"
-    ),
+    "NAME": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a name must match [A-Za-z0-9_.:/-]{1,256}, no '..'"),
     "SCHEMA": _row(ALREADY_EXISTS, Action.RAISE, StateRefused, "exists already with another schema"),
     "QUOTA": _row(RESOURCE_EXHAUSTED, Action.RAISE, StateRefused, "a stated limit would be passed"),
     "UNSUPPORTED_OPTIMIZER": _row(
         INVALID_ARGUMENT, Action.RAISE, UnsupportedOptimizer, "servers cannot run this optimizer"
     ),
-    "HYPER_PARAMETER": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "torch refuses this hyper-parameter"
-    ),
-    "MISSING_FIELD": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a required field is zero or absent"
-    ),
-    "WEIGHT": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a weight must be finite, > 0 and <= 1e15"
-    ),
+    "HYPER_PARAMETER": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "torch refuses this hyper-parameter"),
+    "MISSING_FIELD": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a required field is zero or absent"),
+    "WEIGHT": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a weight must be finite, > 0 and <= 1e15"),
     "PARAMETERS_CHANGED": _row(
         FAILED_PRECONDITION,
         Action.RAISE,
@@ -267,26 +229,20 @@ REASONS: dict[str, Reason] = {
     "UNIMPLEMENTED": _row(UNIMPLEMENTED, Action.RAISE, RequestRefused, "this release does not have it"),
     "DEADLINE": _row(DEADLINE_EXCEEDED, Action.RAISE, Timeout, "a deadline passed"),
     "INTERNAL": _row(INTERNAL, Action.RAISE, InternalError, "a bug; the id finds it in the server's log"),
-    "STATE_TOO_LARGE": _row(
-        RESOURCE_EXHAUSTED, Action.RAISE, RequestRefused, "small state is at most 4 MiB a key"
-    ),
+    "STATE_TOO_LARGE": _row(RESOURCE_EXHAUSTED, Action.RAISE, RequestRefused, "small state is at most 4 MiB a key"),
     # Never on the wire.
     "CONFIG": _row(INVALID_ARGUMENT, Action.RAISE, ConfigError, "a flag, variable or key is wrong"),
     "UNREACHABLE": _row(UNAVAILABLE, Action.RAISE, Unavailable, "no process answers at the address"),
-    "FORKED": _row(
-        FAILED_PRECONDITION, Action.RAISE, StateRefused, "a session cannot be used in a forked child"
-    ),
+    "FORKED": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "a session cannot be used in a forked child"),
 }
 
 
 def refuse(reason: str, message: str, **metadata: object) -> ParameshError:
-    """Make the typed error of a reason: `raise refuse("DTYPE", "...", tensor=name)`.
+    """Make the typed error of a reason, to be raised: `raise refuse("DTYPE", "...")`.
 
     Args:
         reason: a key of `REASONS`.
         message: one sentence that names the field, the value and the remedy.
         metadata: named details; values are turned into strings.
     """
-    return REASONS[reason].error(
-        message, reason=reason, metadata={key: str(value) for key, value in metadata.items()}
-    )
+    return REASONS[reason].error(message, reason=reason, metadata={key: str(value) for key, value in metadata.items()})

@@ -34,9 +34,7 @@ FRAME_BYTES = 2 << 20
 MAX_MESSAGE_BYTES = 16 << 20
 """What a receiver accepts in one message: four times the largest frame we send."""
 
-DEFAULT_CHECKSUM: pb.ChecksumKind.ValueType = (
-    pb.CHECKSUM_KIND_CRC32C if _HAVE_CRC32C else pb.CHECKSUM_KIND_CRC32
-)
+DEFAULT_CHECKSUM: pb.ChecksumKind.ValueType = pb.CHECKSUM_KIND_CRC32C if _HAVE_CRC32C else pb.CHECKSUM_KIND_CRC32
 """The kind that this process computes."""
 
 _HEADER_TAG = 0x0A

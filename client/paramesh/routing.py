@@ -96,9 +96,7 @@ def check_name(name: str, what: str) -> None:
         RequestRefused: NAME.
     """
     if not NAME.fullmatch(name) or ".." in name.split("/"):
-        raise refuse(
-            "NAME", f"{what} {name[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}} with no '..' segment"
-        )
+        raise refuse("NAME", f"{what} {name[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}} with no '..' segment")
 
 
 def storage_dtype(dtype: int) -> int:

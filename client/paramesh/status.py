@@ -146,9 +146,7 @@ def _from_library(code: grpc.StatusCode, details: str, peer: str) -> ParameshErr
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return refuse("DEADLINE", f"no answer{where} within the deadline", peer=peer)
     if code == grpc.StatusCode.UNIMPLEMENTED:
-        return refuse(
-            "UNIMPLEMENTED", f"the process{where} does not serve this call: {details[:200]}", peer=peer
-        )
+        return refuse("UNIMPLEMENTED", f"the process{where} does not serve this call: {details[:200]}", peer=peer)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return refuse("QUOTA", f"refused{where}: {details[:300]}", peer=peer)
     return refuse("INTERNAL", f"{code.name}{where}: {details[:300]}", peer=peer, code=code.name)

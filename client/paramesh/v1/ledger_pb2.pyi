@@ -770,6 +770,7 @@ class LeaseRequest(google.protobuf.message.Message):
     DELIVERED_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     epoch: builtins.int
     length: builtins.int
@@ -784,6 +785,10 @@ class LeaseRequest(google.protobuf.message.Message):
     """seed is the permutation's; equal on every member. SCHEMA if not."""
     wait: builtins.bool
     """wait: with nothing to give, wait for returned leases or the epoch's end."""
+    call: builtins.int
+    """call counts this member's Lease calls per dataset, from 1: the same number again is a
+    repeat of a lost answer and gets the same leases. Zero: not repeatable.
+    """
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
     @property
@@ -805,9 +810,10 @@ class LeaseRequest(google.protobuf.message.Message):
         delivered: collections.abc.Iterable[paramesh.v1.types_pb2.SampleRange] | None = ...,
         seed: builtins.int = ...,
         wait: builtins.bool = ...,
+        call: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "dataset", b"dataset", "delivered", b"delivered", "drop_last", b"drop_last", "epoch", b"epoch", "length", b"length", "request", b"request", "seed", b"seed", "wait", b"wait", "want", b"want"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "chunk", b"chunk", "dataset", b"dataset", "delivered", b"delivered", "drop_last", b"drop_last", "epoch", b"epoch", "length", b"length", "request", b"request", "seed", b"seed", "wait", b"wait", "want", b"want"]) -> None: ...
 
 global___LeaseRequest = LeaseRequest
 

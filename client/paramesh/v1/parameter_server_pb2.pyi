@@ -72,7 +72,10 @@ global___SequenceKey = SequenceKey
 
 @typing.final
 class PushHeader(google.protobuf.message.Message):
-    """PushHeader is everything of a push frame but its bytes."""
+    """PushHeader is everything of a push frame but its bytes. The first message of a stream is
+    a preamble: request and committed only, no frame, no key. The frames follow, partition by
+    partition.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -92,7 +95,7 @@ class PushHeader(google.protobuf.message.Message):
     """
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader:
-        """request names the client. Required on the first frame of a stream."""
+        """request names the client. Required on the preamble; ignored later."""
 
     @property
     def frame(self) -> paramesh.v1.types_pb2.Frame: ...

@@ -1,0 +1,588 @@
+"""The asynchronous client: routing, retries and sequence numbers over lanes.
+
+    client = await AsyncClient.connect("127.0.0.1:7070")
+    outcomes = await client.push_staged(group, step, {p: encoded}, {p: 1})
+    await client.pull([p], sink, group=group, step=step + 1, committed=[record])
+
+Everything here runs on the IO loop. Each call delivers to many partitions: they are
+grouped by server, sent in parallel, and what a partition refused for a passing reason is
+repeated (same bytes, same seq) until its deadline; other refusals are raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from paramesh.channel import header as make_header
+from paramesh.coordinator_link import CoordinatorLink
+from paramesh.encoded import Encoded, SlotWrite, Snapshot
+from paramesh.errors import Action, ParameshError, refuse
+from paramesh.framing import DEFAULT_CHECKSUM, encode
+from paramesh.lanes.grpc_lane import GrpcLane, Sink
+from paramesh.ledger_client import LedgerClient
+from paramesh.retry import Backoff
+from paramesh.routing import Routes
+from paramesh.status import from_detail
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import coordinator_pb2_grpc, ledger_pb2
+from paramesh.v1 import parameter_server_pb2 as ps
+from paramesh.v1 import types_pb2 as pb
+
+PUSH_TIMEOUT_S = 60.0
+"""After this the outcome of a push is unknown; JobConfig.push_timeout_ms overrides it."""
+
+_PASSING = ("UNREACHABLE", "DEADLINE")
+
+_PAYLOAD_REASONS = frozenset(
+    {"DTYPE", "SHAPE", "PAYLOAD_SIZE", "CODEC", "NON_FINITE", "HYPER_PARAMETER", "TENSOR_MISMATCH"}
+)
+"""A sequenced push refused for one of these was consumed as a NOOP: the next seq is due."""
+
+R = TypeVar("R")
+Answers = Mapping[int, R | ParameshError]
+
+
+class AsyncClient:
+    """A registered client of one job. Make it with `connect`.
+
+    Attributes:
+        client_id: from the coordinator, never reused.
+        ledger: calls to the ledger.
+        heartbeat_interval: seconds between beats, as the coordinator asked.
+    """
+
+    def __init__(self, link: CoordinatorLink, registration: co.RegisterClientResponse):
+        self.link = link
+        self.job = link.job
+        self.client_id = registration.client_id
+        self.generation = registration.generation
+        self.heartbeat_interval = registration.heartbeat_interval_ms / 1000
+        self.ledger = LedgerClient(self)
+        self._lanes: dict[str, GrpcLane] = {}
+        self._seq: dict[int, int] = {}
+        self._seq_locks: dict[int, asyncio.Lock] = {}
+        self._assign_ids = 0
+        self._closing: asyncio.Future[None] | None = None
+        """The last lane being closed; held so that the task is not collected."""
+        link.listeners.append(self._on_map)
+        link.set_map(Routes(registration.map))
+        link.start_watch()
+
+    @classmethod
+    async def connect(
+        cls,
+        coordinators: str,
+        job: str = "default",
+        *,
+        slot: str | None = None,
+        host: str = "",
+        host_incarnation: int = 0,
+        role: str = "worker",
+        timeout: float = 30.0,
+    ) -> AsyncClient:
+        """Register with the coordinator and fetch the map.
+
+        Args:
+            coordinators: `host:port[,host:port...]`.
+            job: the cluster's name.
+            slot: the supervisor's name of the place; None: this process's own.
+            host: the supervisor that beats for this process; "": it beats for itself.
+            host_incarnation: the supervisor's.
+            role: "worker" or "tool".
+            timeout: seconds in all.
+
+        Raises:
+            Unavailable: UNREACHABLE, if no coordinator answers.
+            StateRefused: WRONG_CLUSTER or VERSION.
+        """
+        link = CoordinatorLink(coordinators, job)
+        hostname = socket.gethostname()
+        request = co.RegisterClientRequest(
+            request=make_header(job),
+            incarnation=secrets.randbits(63) | 1,
+            slot=slot or f"{os.getpid()}@{hostname}/{secrets.token_hex(3)}",
+            host=host,
+            host_incarnation=host_incarnation,
+            host_id=hostname,
+            role=role,
+        )
+        try:
+            registration = await link.call(
+                lambda ch: coordinator_pb2_grpc.MembershipStub(ch).RegisterClient(request, timeout=5.0),
+                timeout,
+                "registering a client",
+            )
+        except BaseException:
+            await link.close()
+            raise
+        return cls(link, registration)
+
+    # -- where things are ---------------------------------------------------------
+
+    @property
+    def routes(self) -> Routes:
+        """The newest map."""
+        assert self.link.routes is not None
+        return self.link.routes
+
+    def header(self) -> pb.RequestHeader:
+        """This client's request header."""
+        return make_header(self.job, self.generation, self.client_id)
+
+    def lane(self, address: str) -> GrpcLane:
+        """The lane to a server, made on first use."""
+        if address not in self._lanes:
+            self._lanes[address] = GrpcLane(address)
+        return self._lanes[address]
+
+    async def primary(self, partition: int, deadline: float) -> tuple[pb.Node, int]:
+        """The node and epoch of a partition, waiting for a map that has it.
+
+        Args:
+            partition: its id.
+            deadline: on `time.monotonic`.
+
+        Raises:
+            PartitionOffline: its server is lost.
+            Timeout: DEADLINE, if no map names it in time.
+        """
+        while partition not in self.routes:
+            left = deadline - time.monotonic()
+            if left <= 0 or not await self.link.wait_for_map(self.routes.version, left):
+                what = "the ledger" if partition == 0 else f"partition {partition}"
+                raise refuse(
+                    "DEADLINE",
+                    f"no server holds {what} yet: are enough ps-server processes running?",
+                    what=what,
+                )
+        return self.routes.primary(partition)
+
+    def _on_map(self, routes: Routes) -> None:
+        alive = {n.address for n in routes.map.nodes if n.state in (pb.NODE_STATE_LIVE, pb.NODE_STATE_DRAINING)}
+        for node in routes.map.nodes:
+            if node.address not in alive and node.address in self._lanes:
+                lane = self._lanes.pop(node.address)
+                lane.lose(node.reason)
+                self._closing = asyncio.ensure_future(lane.close())
+
+    # -- delivery to many partitions ----------------------------------------------
+
+    async def _deliver(
+        self,
+        partitions: Iterable[int],
+        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
+        *,
+        timeout: float,
+        what: str,
+        group: int = 0,
+        committed: Sequence[pb.StepRecord] = (),
+    ) -> dict[int, R]:
+        """Send to the primaries of `partitions` until each has answered well.
+
+        Raises:
+            ParameshError: the first refusal that repeating does not mend.
+            Timeout: DEADLINE, with what was refused last.
+        """
+        deadline = time.monotonic() + timeout
+        pending, results, backoff = list(partitions), dict[int, R](), Backoff()
+        records = list(committed)
+        while True:
+            version = self.routes.version
+            answers = await self._send_all(pending, send, records, deadline)
+            results.update({p: a for p, a in answers.items() if not isinstance(a, ParameshError)})
+            failed = {p: a for p, a in answers.items() if isinstance(a, ParameshError)}
+            if not failed:
+                return results
+            worst = _first_to_raise(failed.values())
+            if worst is not None:
+                raise worst
+            last = next(iter(failed.values()))
+            if time.monotonic() >= deadline:
+                raise refuse("DEADLINE", f"waited {timeout:g} s for {what}: {last}", what=what, last=last.reason)
+            records = await self._mend(failed, group, records, version, backoff)
+            pending = [p for p in pending if p in failed]
+
+    async def _send_all(
+        self,
+        pending: list[int],
+        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
+        records: list[pb.StepRecord],
+        deadline: float,
+    ) -> dict[int, R | ParameshError]:
+        for partition in pending:
+            await self.primary(partition, deadline)
+        groups = self.routes.by_server(pending)
+
+        async def one(address: str, mine: list[int]) -> dict[int, R | ParameshError]:
+            try:
+                got = await send(self.lane(address), mine, records)
+            except ParameshError as error:
+                return dict.fromkeys(mine, error)
+            missing = refuse("UNREACHABLE", f"{address} ended the stream early", peer=address)
+            return {p: got.get(p, missing) for p in mine}
+
+        answers: dict[int, R | ParameshError] = {}
+        for part in await asyncio.gather(*(one(a, mine) for a, mine in groups.items())):
+            answers.update(part)
+        return answers
+
+    async def _mend(
+        self,
+        failed: Mapping[int, ParameshError],
+        group: int,
+        records: list[pb.StepRecord],
+        version: int,
+        backoff: Backoff,
+    ) -> list[pb.StepRecord]:
+        """Do what the refusals ask for before the next try; the records to send then."""
+        reasons = {error.reason for error in failed.values()}
+        if "NEED_STEPS" in reasons:
+            behind = min(int(e.metadata.get("applied_step", "0")) for e in failed.values() if e.reason == "NEED_STEPS")
+            answer = await self.ledger.get_steps(ledger_pb2.GetStepsRequest(group=group, first=behind))
+            have = {r.step: r for r in [*answer.records, *records]}
+            return [have[step] for step in sorted(have)]
+        for partition, error in failed.items():
+            if error.reason == "NOT_STAGED" and records:
+                missing = [int(c) for c in error.metadata.get("client_ids", "").split(",") if c]
+                await self.ledger.report_missing(
+                    ledger_pb2.ReportMissingRequest(
+                        group=group, step=records[-1].step, partition=partition, client_ids=missing
+                    )
+                )
+        wait = backoff.next()
+        told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
+        if told:
+            await asyncio.sleep(max(told) / 1000)
+        elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY"}:
+            await self.link.wait_for_map(version, wait)
+        else:
+            await asyncio.sleep(wait)
+        return records
+
+    # -- schemas -------------------------------------------------------------------
+
+    async def create_table(self, spec: pb.TableSpec, timeout: float = 60.0) -> int:
+        """Create a table, or find it if it exists with the same schema; its id.
+
+        Raises:
+            StateRefused: SCHEMA, if it exists with another one.
+            RequestRefused: NAME, SHAPE, DTYPE, QUOTA, UNSUPPORTED_OPTIMIZER...
+        """
+        request = co.CreateTableRequest(request=self.header(), spec=spec)
+        response = await self.link.call(
+            lambda ch: coordinator_pb2_grpc.CatalogStub(ch).CreateTable(request, timeout=10.0),
+            timeout,
+            f"creating table {spec.name!r}",
+        )
+        self.link.set_map(Routes(response.map))
+        return int(response.table_id)
+
+    async def describe_table(self, table_id: int, timeout: float = 30.0) -> pb.TableSpec:
+        """A table's schema.
+
+        Raises:
+            RequestRefused: UNKNOWN_TABLE.
+        """
+        request = co.DescribeTableRequest(request=self.header(), table_id=table_id)
+        response = await self.link.call(
+            lambda ch: coordinator_pb2_grpc.CatalogStub(ch).DescribeTable(request, timeout=5.0),
+            timeout,
+            f"the schema of table {table_id}",
+        )
+        spec: pb.TableSpec = response.spec
+        return spec
+
+    # -- the data plane ------------------------------------------------------------
+
+    def freeze_staged(self, encoded: Encoded, group: int, step: int, attempt: int) -> None:
+        """Copy a contribution's bytes into its messages now, on the calling thread.
+
+        For gradients that may change before the IO thread gets to them.
+        """
+        encoded.messages(self._staged_header(encoded.partition, group, step, attempt))
+
+    def _staged_header(self, partition: int, group: int, step: int, attempt: int) -> ps.PushHeader:
+        _, epoch = self.routes.primary(partition)
+        key = ps.StagedKey(group=group, step=step, attempt=attempt)
+        return ps.PushHeader(partition=partition, epoch=epoch, staged=key)
+
+    def _preamble(self, records: Sequence[pb.StepRecord]) -> bytes:
+        return encode(ps.PushHeader(request=self.header(), committed=records))
+
+    async def push_staged(
+        self,
+        group: int,
+        step: int,
+        contributions: Mapping[int, Encoded],
+        attempts: Mapping[int, int],
+        committed: Sequence[pb.StepRecord] = (),
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, ps.PartitionOutcome]:
+        """Stage a contribution; returns when every partition holds it.
+
+        Args:
+            group: the table group.
+            step: the step it is for.
+            contributions: partition -> its bytes.
+            attempts: partition -> attempt, from 1; missing ones are 1.
+            committed: decisions that partitions may lack, oldest first.
+            timeout: seconds.
+
+        Raises:
+            PartitionOffline: a server is lost. Timeout: DEADLINE, the outcome is unknown.
+            Fenced: CLIENT_FENCED. RequestRefused: the bytes do not fit the table.
+        """
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
+            def messages() -> Iterable[bytes]:
+                yield self._preamble(records)
+                for p in mine:
+                    head = self._staged_header(p, group, step, attempts.get(p, 1))
+                    yield from contributions[p].messages(head)
+
+            return _outcomes(await lane.push(messages(), timeout))
+
+        what = f"step {step} to be staged"
+        return await self._deliver(contributions, send, timeout=timeout, what=what, group=group, committed=committed)
+
+    async def push_sequenced(
+        self,
+        contributions: Mapping[int, Encoded],
+        hyper_parameters: Sequence[pb.TableHyperParameters] = (),
+        *,
+        skip: bool = False,
+        grad_scale: float = 1.0,
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, ps.PartitionOutcome]:
+        """Apply an update exactly once per partition; returns when all have applied it.
+
+        Args:
+            contributions: partition -> its bytes.
+            hyper_parameters: those that changed since this client's last update.
+            skip: apply nothing (an inf under AMP).
+            grad_scale: multiplies the gradient.
+            timeout: seconds; past it the outcome is unknown, and this client must not
+                push again: register anew.
+
+        Raises:
+            PartitionOffline, Timeout, Fenced, RequestRefused: as `push_staged`.
+        """
+
+        def head(partition: int) -> ps.PushHeader:
+            _, epoch = self.routes.primary(partition)
+            key = ps.SequenceKey(
+                seq=self._seq.get(partition, 0) + 1,
+                hyper_parameters=hyper_parameters,
+                skip=skip,
+                grad_scale=grad_scale,
+            )
+            return ps.PushHeader(partition=partition, epoch=epoch, sequenced=key)
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
+            def messages() -> Iterable[bytes]:
+                yield self._preamble(())
+                for p in mine:
+                    yield from contributions[p].messages(head(p))
+
+            answers = _outcomes(await lane.push(messages(), timeout))
+            for p, answer in answers.items():
+                if not isinstance(answer, ParameshError) or answer.reason in _PAYLOAD_REASONS:
+                    self._seq[p] = self._seq.get(p, 0) + 1
+            return answers
+
+        async with contextlib.AsyncExitStack() as stack:
+            for p in sorted(contributions):  # one ordered sender per (client, partition)
+                await stack.enter_async_context(self._seq_locks.setdefault(p, asyncio.Lock()))
+            return await self._deliver(contributions, send, timeout=timeout, what="an update to be applied")
+
+    async def pull(
+        self,
+        partitions: Sequence[int],
+        sink: Sink,
+        *,
+        group: int = 0,
+        step: int | None = None,
+        committed: Sequence[pb.StepRecord] = (),
+        floors: Mapping[int, tuple[int, int]] | None = None,
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, ps.PullHeader]:
+        """Stream values into `sink`; the last header of each partition.
+
+        Args:
+            partitions: their ids.
+            sink: takes (partition, header, payload) of each frame, on the IO thread; after
+                a retry it may be given a partition's frames again, from the start.
+            group: the table group, with `step`.
+            step: values exactly at the start of this step; None: the newest.
+            committed: decisions that partitions may lack, oldest first.
+            floors: partition -> (epoch, lsn) that the answer must at least reflect.
+            timeout: seconds.
+
+        Raises:
+            PartitionOffline, Timeout: as `push_staged`.
+        """
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PullHeader]:
+            request = ps.PullRequest(
+                request=self.header(),
+                partitions=[self._pull_of(p, floors) for p in mine],
+                group=group,
+                at_step=step is not None,
+                step=step or 0,
+                committed=records,
+                checksum_kind=DEFAULT_CHECKSUM,
+            )
+            return _checked(await lane.pull(request, sink, timeout))
+
+        what = "values" if step is None else f"values at step {step}"
+        return await self._deliver(partitions, send, timeout=timeout, what=what, group=group, committed=committed)
+
+    def _pull_of(self, partition: int, floors: Mapping[int, tuple[int, int]] | None = None) -> ps.PartitionPull:
+        _, epoch = self.routes.primary(partition)
+        floor_epoch, floor_lsn = (floors or {}).get(partition, (0, 0))
+        return ps.PartitionPull(partition=partition, epoch=epoch, floor_lsn=floor_lsn, floor_epoch=floor_epoch)
+
+    async def assign(
+        self,
+        writes: Mapping[int, Sequence[SlotWrite]],
+        init_attempt: int = 0,
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, ps.PartitionOutcome]:
+        """Write values or optimizer state.
+
+        Args:
+            writes: partition -> what to write there.
+            init_attempt: INIT's attempt when these are first values.
+            timeout: seconds.
+
+        Raises:
+            PartitionOffline, Timeout, RequestRefused: as `push_staged`.
+        """
+        self._assign_ids += 1
+        assign_id = self._assign_ids
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
+            def messages() -> Iterable[bytes]:
+                for p in mine:
+                    _, epoch = self.routes.primary(p)
+                    base = ps.AssignHeader(
+                        request=self.header(),
+                        partition=p,
+                        epoch=epoch,
+                        assign_id=assign_id,
+                        init_attempt=init_attempt,
+                    )
+                    frames = [frame for write in writes[p] for frame in write.messages(base)]
+                    for i, (head, parts) in enumerate(frames):
+                        head.frame.last = i == len(frames) - 1
+                        yield encode(head, parts)
+
+            return _outcomes(await lane.assign(messages(), timeout))
+
+        return await self._deliver(writes, send, timeout=timeout, what="values to be assigned")
+
+    async def snapshot(
+        self,
+        partitions: Sequence[int],
+        *,
+        group: int = 0,
+        step: int | None = None,
+        committed: Sequence[pb.StepRecord] = (),
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, Snapshot]:
+        """Cuts of values and optimizer state; arguments and errors as `pull`."""
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[Snapshot]:
+            request = ps.SnapshotRequest(
+                request=self.header(),
+                partitions=[self._pull_of(p) for p in mine],
+                group=group,
+                at_step=step is not None,
+                step=step or 0,
+                committed=records,
+                checksum_kind=DEFAULT_CHECKSUM,
+            )
+            done, refused = await lane.snapshot(request, timeout)
+            return {**done, **{p: from_detail(h.error) for p, h in refused.items()}}
+
+        return await self._deliver(
+            partitions, send, timeout=timeout, what="a snapshot", group=group, committed=committed
+        )
+
+    async def norms(
+        self,
+        partitions: Sequence[int],
+        group: int,
+        committed: Sequence[pb.StepRecord],
+        timeout: float = PUSH_TIMEOUT_S,
+    ) -> dict[int, float]:
+        """Squared norms of the averaged gradient of the step that `committed` ends with."""
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[float]:
+            request = ps.NormsRequest(
+                request=self.header(), partitions=[self._pull_of(p) for p in mine], committed=records
+            )
+            response = await lane.run(_await(lane.data.norms(request, timeout=timeout)))
+            return {
+                n.partition: from_detail(n.error) if n.HasField("error") else float(n.squared_norm)
+                for n in response.norms
+            }
+
+        return await self._deliver(
+            partitions, send, timeout=timeout, what="gradient norms", group=group, committed=committed
+        )
+
+    async def inspect(
+        self, partitions: Sequence[int], *, state_hash: bool = False, timeout: float = 30.0
+    ) -> dict[int, ps.PartitionInfo]:
+        """What servers say of partitions; with `state_hash`, at the cost of a pass over them."""
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionInfo]:
+            request = ps.InspectRequest(request=self.header(), partitions=mine, state_hash=state_hash)
+            response = await lane.run(_await(lane.data.inspect(request, timeout=timeout)))
+            return {info.partition: info for info in response.partitions}
+
+        return await self._deliver(partitions, send, timeout=timeout, what="an inspection")
+
+    async def deregister(self, timeout: float = 3.0) -> None:
+        """Say goodbye to the coordinator; silent if it is away."""
+        request = co.DeregisterRequest(request=self.header(), kind=co.NODE_KIND_CLIENT)
+        with contextlib.suppress(ParameshError):
+            await self.link.call(
+                lambda ch: coordinator_pb2_grpc.MembershipStub(ch).Deregister(request, timeout=timeout),
+                timeout,
+                "saying goodbye",
+            )
+
+    async def close(self) -> None:
+        """Close every channel; says nothing to anybody."""
+        await self.link.close()
+        for lane in self._lanes.values():
+            await lane.close()
+        self._lanes.clear()
+
+
+async def _await(call: Any) -> Any:
+    return await call
+
+
+def _outcomes(outcomes: Iterable[ps.PartitionOutcome]) -> dict[int, ps.PartitionOutcome | ParameshError]:
+    return {o.partition: from_detail(o.error) if o.HasField("error") else o for o in outcomes}
+
+
+def _checked(headers: Mapping[int, ps.PullHeader]) -> dict[int, ps.PullHeader | ParameshError]:
+    return {p: from_detail(h.error) if h.HasField("error") else h for p, h in headers.items()}
+
+
+def _first_to_raise(errors: Iterable[ParameshError]) -> ParameshError | None:
+    for error in errors:
+        if error.reason not in _PASSING and error.action in (Action.RAISE, Action.REJOIN):
+            return error
+    return None

@@ -1,0 +1,147 @@
+"""The client's link to the coordinator: registration, the map, the catalog.
+
+The coordinator may be away at any time: calls repeat over the list of addresses until
+their deadline; the map watch reconnects for ever and keeps the last map meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from paramesh.channel import aio_channel, grpc, header
+from paramesh.errors import Action, ParameshError, refuse
+from paramesh.retry import Backoff
+from paramesh.routing import Routes
+from paramesh.status import from_rpc_error
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import coordinator_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_WATCH_SILENCE_S = 25.0
+"""The coordinator repeats the map every 10 s; two missed repeats mean a dead stream."""
+
+
+class CoordinatorLink:
+    """Calls to the coordinator and the newest map. Lives on the IO loop.
+
+    Args:
+        addresses: `host:port[,host:port...]`.
+        job: the cluster's name.
+    """
+
+    def __init__(self, addresses: str, job: str):
+        self._addresses = [a.strip() for a in addresses.split(",") if a.strip()]
+        self.job = job
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._at = 0
+        self.routes: Routes | None = None
+        self.map_changed = asyncio.Event()
+        """Set and replaced at every new map."""
+        self.listeners: list[Callable[[Routes], None]] = []
+        self._watcher: asyncio.Task[None] | None = None
+
+    def channel(self) -> grpc.aio.Channel:
+        """The channel to the coordinator that answered last."""
+        address = self._addresses[self._at]
+        if address not in self._channels:
+            self._channels[address] = aio_channel(address)
+        return self._channels[address]
+
+    @property
+    def address(self) -> str:
+        """The coordinator in use."""
+        return self._addresses[self._at]
+
+    async def call(self, make: Callable[[grpc.aio.Channel], Awaitable[Any]], timeout: float, what: str) -> Any:
+        """Repeat a call over the addresses until it is answered.
+
+        Args:
+            make: starts the call on a channel, with a deadline of its own.
+            timeout: seconds in all.
+            what: for the error's text.
+
+        Raises:
+            Unavailable: UNREACHABLE after `timeout`, naming the addresses.
+            ParameshError: what the coordinator refused with.
+        """
+        deadline = time.monotonic() + timeout
+        backoff = Backoff()
+        while True:
+            try:
+                return await make(self.channel())
+            except grpc.RpcError as exc:
+                error = from_rpc_error(exc, self.address)
+            if error.reason not in ("UNREACHABLE", "DEADLINE") and error.action is not Action.BACK_OFF:
+                raise error
+            if time.monotonic() >= deadline:
+                raise self._gave_up(error, timeout, what)
+            self._at = (self._at + 1) % len(self._addresses)
+            await asyncio.sleep(backoff.next())
+
+    def _gave_up(self, error: ParameshError, timeout: float, what: str) -> ParameshError:
+        if error.action is Action.BACK_OFF:
+            return refuse("DEADLINE", f"waited {timeout:g} s for {what}: {error}", what=what, last=error.reason)
+        addresses = ", ".join(self._addresses)
+        return refuse(
+            "UNREACHABLE",
+            f"no coordinator answered at {addresses} within {timeout:g} s ({what}). Is ps-coordinator running "
+            f"there, and is PARAMESH_COORDINATOR right? Last: {error}",
+            addresses=addresses,
+        )
+
+    def set_map(self, routes: Routes) -> None:
+        """Take a map if it is newer."""
+        if self.routes is not None and routes.version <= self.routes.version:
+            return
+        self.routes = routes
+        changed, self.map_changed = self.map_changed, asyncio.Event()
+        changed.set()
+        for listener in self.listeners:
+            listener(routes)
+
+    async def wait_for_map(self, version: int, timeout: float) -> bool:
+        """Wait until the map is newer than `version`; False if it was not within `timeout`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.routes is None or self.routes.version <= version:
+                    await self.map_changed.wait()
+                return True
+        return False
+
+    def start_watch(self) -> None:
+        """Start following the map."""
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                stub = coordinator_pb2_grpc.MapServiceStub(self.channel())
+                version = self.routes.version if self.routes else 0
+                stream = stub.WatchMap(co.WatchMapRequest(request=header(self.job), version=version))
+                while True:
+                    async with asyncio.timeout(_WATCH_SILENCE_S):
+                        response = await stream.read()
+                    if response is grpc.aio.EOF:
+                        break
+                    self.set_map(Routes(response.map))
+                    backoff = Backoff()
+            except (grpc.RpcError, TimeoutError) as exc:
+                log.debug("map watch broke address=%s error=%r", self.address, exc)
+                self._at = (self._at + 1) % len(self._addresses)
+            await asyncio.sleep(backoff.next())
+
+    async def close(self) -> None:
+        """Stop watching and close the channels."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        for channel in self._channels.values():
+            await channel.close()

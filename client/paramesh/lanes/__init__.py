@@ -1,0 +1,1 @@
+"""Lanes: how frames reach a server. gRPC streams today; shared memory comes as a second."""
