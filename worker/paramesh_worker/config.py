@@ -1,0 +1,296 @@
+"""Settings of `ps-worker` and `ps-run`: frozen dataclasses, checked once; the command lines are derived
+from them.
+
+    config, command = parse(WorkerConfig, argv, prog="ps-worker", description=..., examples=...)
+
+A field made by `option` is one flag; its `help` is both the manual and the field's documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from paramesh.errors import ConfigError
+
+from .command import Command, split
+
+__all__ = ["RunConfig", "WorkerConfig", "flags", "parse"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
+"""As names on the wire, without the slash that separates host and index in a slot."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str = "N",
+    kind: Callable[[str], Any] = int,
+    choices: Sequence[str] | None = None,
+    env: str = "",
+) -> Any:
+    """A dataclass field that is a command line flag.
+
+    Args:
+        default: the value when neither flag nor variable is given.
+        help: one or two sentences for people; None hides the flag.
+        metavar: what stands for the value; empty: a switch without one.
+        kind: turns the text into the value.
+        choices: the only values allowed.
+        env: an environment variable that gives the default.
+    """
+    settings = {"help": help, "metavar": metavar, "kind": kind, "choices": choices, "env": env}
+    return field(default=default, metadata=settings)
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What `ps-worker` is told."""
+
+    usage: ClassVar[str] = "ps-worker [options] SCRIPT [ARGS...]   (or: -m MODULE [ARGS...])"
+
+    nproc: int = option(1, "training processes to run on this machine, one per GPU as a rule")
+    max_restarts: int = option(
+        3,
+        "restarts that each process may use up before the job fails; the count starts anew after 5 minutes"
+        " of health. 0 switches restarting off",
+        metavar="K",
+    )
+    coordinator: str = option(
+        "",
+        "address of the cluster's coordinator; several with commas. Required, here or in PARAMESH_COORDINATOR",
+        metavar="HOST:PORT",
+        kind=str,
+        env="PARAMESH_COORDINATOR",
+    )
+    job: str = option("default", "name of the job, as the coordinator's", metavar="JOB", kind=str, env="PARAMESH_JOB")
+    name: str = option(
+        "",
+        "name of this machine in the cluster, kept over restarts so that its processes get their ranks back."
+        " Default: the host name; two supervisors on one machine need two names",
+        metavar="HOST",
+        kind=str,
+    )
+    log_dir: str = option(
+        "",
+        "write the output of process i to DIR/worker-i.log instead of the console, where its lines start with"
+        " [worker i]",
+        metavar="DIR",
+        kind=str,
+    )
+    tee: bool = option(False, "with --log-dir: also write it to the console", metavar="", kind=bool)
+    grace: float = option(
+        10.0,
+        "seconds that processes have to end after SIGTERM or Ctrl-C, which are passed on",
+        metavar="SECONDS",
+        kind=float,
+    )
+    log_level: str = option(
+        "info", "how much the supervisor itself says", choices=("debug", "info", "warning", "error"), kind=str
+    )
+    events_fd: int = option(-1, argparse.SUPPRESS, metavar="FD")
+    """Descriptor that gets a line of JSON for each start and end of a process, for ps-run; -1: none."""
+
+    def checked(self) -> WorkerConfig:
+        """Fill in what depends on the machine.
+
+        Raises:
+            ConfigError: names the flag that is wrong, and what it may be.
+        """
+        _at_least("--nproc", self.nproc, 1)
+        _at_least("--max-restarts", self.max_restarts, 0)
+        _seconds("--grace", self.grace)
+        if not self.coordinator:
+            raise ConfigError(
+                "argument --coordinator: say where the cluster is, HOST:PORT (or set PARAMESH_COORDINATOR);"
+                " to train on this machine alone use `python SCRIPT`, for a cluster on this machine `ps-run`"
+            )
+        for address in self.coordinator.split(","):
+            _address("--coordinator", address)
+        _name("--job", self.job)
+        if self.tee and not self.log_dir:
+            raise ConfigError("argument --tee: needs --log-dir")
+        if self.name:
+            _name("--name", self.name)
+            return self
+        return dataclasses.replace(self, name=re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname())[:200] or "host")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `ps-run` is told."""
+
+    usage: ClassVar[str] = "ps-run [options] SCRIPT [ARGS...]   (or: -m MODULE [ARGS...])"
+
+    servers: int = option(1, "parameter servers; one moves about 3 GB/s", metavar="S")
+    workers: int = option(1, "training processes", metavar="W")
+    mode: str | None = option(
+        None,
+        "how steps work, for a DistributedOptimizer that is not told in the script: sync (default; one global"
+        " batch per step), ssp (clocks drift by --staleness at most), async (nobody waits), local (workers"
+        " exchange every --every steps)",
+        choices=("sync", "ssp", "async", "local"),
+        kind=str,
+    )
+    staleness: int | None = option(None, "with ssp: how many steps the fastest worker may be ahead of the slowest")
+    every: int | None = option(None, "with local: steps between two exchanges", metavar="H")
+    replicas: int = option(1, "copies of each partition; this release keeps 1", metavar="R")
+    max_restarts: int = option(3, "restarts that each worker may use up before the run fails", metavar="K")
+    port: int = option(0, "port of the coordinator on 127.0.0.1, for psctl; 0: any free one", metavar="P")
+    state: str = option(
+        "",
+        "file in which the coordinator keeps its state; default: in the log folder",
+        metavar="FILE",
+        kind=str,
+    )
+    log_dir: str = option(
+        "", "folder of all logs; default: a new one under the temporary folder", metavar="DIR", kind=str
+    )
+    grace: float = option(
+        10.0,
+        "seconds that processes have to end after Ctrl-C; a second Ctrl-C kills at once",
+        metavar="SECONDS",
+        kind=float,
+    )
+    plain: bool = option(
+        False, "plain lines instead of the live display, as when stdout is no terminal", metavar="", kind=bool
+    )
+
+    def checked(self) -> RunConfig:
+        """Check the settings.
+
+        Raises:
+            ConfigError: names the flag that is wrong, and what it may be.
+        """
+        _at_least("--servers", self.servers, 1)
+        _at_least("--workers", self.workers, 1)
+        _at_least("--max-restarts", self.max_restarts, 0)
+        _at_least("--replicas", self.replicas, 1)
+        _seconds("--grace", self.grace)
+        if self.replicas > 1:
+            raise ConfigError(
+                f"argument --replicas: {self.replicas} copies are not supported: this release keeps one copy"
+                " of each partition, and a lost server ends the run. Leave the flag out"
+            )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"argument --port: must be between 0 and 65535, not {self.port}")
+        if self.staleness is not None:
+            _only_with("--staleness", self.mode, "ssp")
+            _at_least("--staleness", self.staleness, 0)
+        if self.every is not None:
+            _only_with("--every", self.mode, "local")
+            _at_least("--every", self.every, 1)
+        return self
+
+
+Config = TypeVar("Config", WorkerConfig, RunConfig)
+
+
+def flags(config: type[WorkerConfig] | type[RunConfig]) -> dict[str, bool]:
+    """The command line flags of a configuration, each with whether it takes a value."""
+    own = {_flag(each.name): bool(each.metadata["metavar"]) for each in dataclasses.fields(config)}
+    return {**own, "-h": False, "--help": False, "--version": False}
+
+
+def parse(
+    config: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    examples: str,
+    environ: Mapping[str, str] = os.environ,
+) -> tuple[Config, Command]:
+    """Read a command line; a mistake ends the program with status 2 and a line that names the flag.
+
+    Returns:
+        The checked settings and the user's command.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=config.usage,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    for each in dataclasses.fields(config):
+        _add(parser, each, environ)
+    try:
+        options, command = split(argv, flags(config))
+        values = parser.parse_args(options)
+        if command is None:
+            raise ConfigError("argument SCRIPT: say what to run: a Python file, or -m MODULE")
+        command.check()
+        return config(**vars(values)).checked(), command
+    except ConfigError as error:
+        parser.print_usage(sys.stderr)
+        parser.exit(2, f"{prog}: error: {error}\n")
+
+
+def _add(parser: argparse.ArgumentParser, each: dataclasses.Field[Any], environ: Mapping[str, str]) -> None:
+    settings = each.metadata
+    if not settings["metavar"]:
+        parser.add_argument(_flag(each.name), action="store_true", help=settings["help"])
+        return
+    text = settings["help"]
+    if text != argparse.SUPPRESS and each.default not in (None, "") and not settings["choices"]:
+        text += " (default: %(default)s)"
+    parser.add_argument(
+        _flag(each.name),
+        type=settings["kind"],
+        default=environ.get(settings["env"]) or each.default,
+        choices=settings["choices"],
+        metavar=None if settings["choices"] else settings["metavar"],
+        help=text,
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("paramesh")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _at_least(flag: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise ConfigError(f"argument {flag}: must be at least {bound}, not {value}")
+
+
+def _seconds(flag: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"argument {flag}: must be a number of seconds, 0 or more, not {value}")
+
+
+def _only_with(flag: str, mode: str | None, wanted: str) -> None:
+    # Without --mode the script chooses, and the setting is a default for it.
+    if mode not in (None, wanted):
+        raise ConfigError(f"argument {flag}: only with --mode {wanted}, not with --mode {mode}")
+
+
+def _name(flag: str, value: str) -> None:
+    if not _NAME.fullmatch(value) or ".." in value:
+        raise ConfigError(f"argument {flag}: {value[:80]!r} must match [A-Za-z0-9_.:-]{{1,200}}, without '..'")
+
+
+def _address(flag: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise ConfigError(f"argument {flag}: {address[:80]!r} is not HOST:PORT with a port from 1 to 65535")
