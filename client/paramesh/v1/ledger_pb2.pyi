@@ -122,7 +122,9 @@ class GroupPosition(google.protobuf.message.Message):
     group: builtins.int
     name: builtins.str
     next_step: builtins.int
-    """next_step is the first undecided."""
+    """next_step is the first undecided; in ssp and async: the caller's own clock, the number
+    of the one that it computes next (raised to the minimum when it becomes ACTIVE).
+    """
     @property
     def last(self) -> paramesh.v1.types_pb2.StepRecord:
         """last is the record of next_step - 1; absent at step 0."""
@@ -824,10 +826,15 @@ class LeaseResponse(google.protobuf.message.Message):
     LEASES_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     LEASE_EPOCH_FIELD_NUMBER: builtins.int
+    BETWEEN_FIELD_NUMBER: builtins.int
     finished: builtins.bool
     """finished says that every sample of the epoch is consumed or delivered."""
     lease_epoch: builtins.int
     """lease_epoch fences leases of an earlier membership of the same client."""
+    between: builtins.bool
+    """between says that the ledger counts the caller as BETWEEN, since it waited or was never
+    active: SetActivity(ACTIVE), and pull what that names, before training on the leases.
+    """
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.SampleRange]: ...
     def __init__(
@@ -836,8 +843,9 @@ class LeaseResponse(google.protobuf.message.Message):
         leases: collections.abc.Iterable[paramesh.v1.types_pb2.SampleRange] | None = ...,
         finished: builtins.bool = ...,
         lease_epoch: builtins.int = ...,
+        between: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["finished", b"finished", "lease_epoch", b"lease_epoch", "leases", b"leases"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["between", b"between", "finished", b"finished", "lease_epoch", b"lease_epoch", "leases", b"leases"]) -> None: ...
 
 global___LeaseResponse = LeaseResponse
 
@@ -1003,7 +1011,7 @@ class GatherResponse(google.protobuf.message.Message):
     VALUES_FIELD_NUMBER: builtins.int
     COUNT_FIELD_NUMBER: builtins.int
     count: builtins.int
-    """count is how many members took part."""
+    """count is how many members took part. Zero: the round is too old to be remembered."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(

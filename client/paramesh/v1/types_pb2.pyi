@@ -556,7 +556,9 @@ class JobConfig(google.protobuf.message.Message):
     step_timeout_ms: builtins.int
     """step_timeout_ms evicts a member that beats but never gets ready. Zero: never."""
     gather_ms: builtins.int
-    """gather_ms is how long a step waits, once, for members that are between two loaders."""
+    """gather_ms is how long a step waits, once, for members that are between two loaders.
+    Zero: not at all.
+    """
     push_timeout_ms: builtins.int
     """push_timeout_ms is after which the outcome of a push is unknown. Zero: 60 000."""
     def __init__(
