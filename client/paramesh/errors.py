@@ -238,7 +238,7 @@ REASONS: dict[str, Reason] = {
 
 
 def refuse(reason: str, message: str, **metadata: object) -> ParameshError:
-    """Make the typed error of a reason, to be raised: `raise refuse("DTYPE", "...")`.
+    """Make the typed error of a reason; the caller raises it.
 
     Args:
         reason: a key of `REASONS`.
