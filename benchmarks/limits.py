@@ -260,9 +260,7 @@ async def _measure_grpc_aio(port: int) -> tuple[float, float, float]:
     return FRAME * FRAMES / up_seconds / 1e9, FRAME * FRAMES / down_seconds / 1e9, call_seconds * 1e3
 
 
-async def _median_async(
-    action: Callable[[], Awaitable[object]], repeats: int = REPEATS, warm: int = 1
-) -> float:
+async def _median_async(action: Callable[[], Awaitable[object]], repeats: int = REPEATS, warm: int = 1) -> float:
     for _ in range(warm):
         await action()
     seconds = []

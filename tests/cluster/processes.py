@@ -234,6 +234,22 @@ class ProcessCluster(ClusterHandle):
         self.workers.append(worker)
         return worker
 
+    def start_command(self, name: str, command: Sequence[str], **env: str) -> Process:
+        """Start any other command as a node of this cluster, told where the coordinator is."""
+        return self._launch(name, command, self.env | {"PARAMESH_COORDINATOR": self.coordinator_address, **env})
+
+    def wait_for_commands(self, deadline: float) -> None:
+        """Wait until all that `start_command` started have ended with exit code 0."""
+        own = [p for n, p in self.processes.items() if n != "coordinator" and not n.startswith("server-")]
+
+        def ended() -> bool:
+            return all(p.exit_code is not None for p in own) or any(p.exit_code for p in own)
+
+        wait_until(ended, deadline, "commands to end")
+        for process in own:
+            if process.exit_code:
+                raise RuntimeError(f"{process.name} ended with {process.exit_code}:\n{process.tail()}")
+
     def stop(self) -> None:
         """SIGKILL to all: a test that cares for a graceful end asks for it itself."""
         mark = str(self.directory)
@@ -242,9 +258,7 @@ class ProcessCluster(ClusterHandle):
             if process.popen is not None:
                 process.popen.wait(10)
         # Once more: a supervisor may have restarted its child between the look and the signal.
-        wait_until(
-            lambda: not kill_all(left := marked_processes(mark)) and not left, 10, "all processes to end"
-        )
+        wait_until(lambda: not kill_all(left := marked_processes(mark)) and not left, 10, "all processes to end")
         if self._own_directory:
             shutil.rmtree(self.directory, ignore_errors=True)
 

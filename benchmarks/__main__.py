@@ -1,0 +1,62 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from benchmarks.workload import parse_sizes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark; exit 1 if its parameters did not end right."""
+    arguments = _parser().parse_args(argv)
+    result = {"dense": _dense, "alone": _alone, "limits": _limits}[arguments.benchmark](arguments)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        from benchmarks.report import show
+
+        show(arguments.benchmark, result)
+    return 0 if all(row["right"] for row in result.get("rows", [])) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    dense = commands.add_parser("dense", parents=[common], help="steps of dense tables, real processes")
+    dense.add_argument("--sizes", type=parse_sizes, default=parse_sizes("1M,16M,64M"), help="such as 1M,16M")
+    dense.add_argument("--workers", type=int, default=2)
+    dense.add_argument("--servers", type=int, default=2)
+    dense.add_argument("--mode", choices=("sync", "async"), default="sync")
+    dense.add_argument("--runs", type=int, default=1, help="repeat; the median run of each size is shown")
+    commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
+    commands.add_parser("limits", parents=[common], help="the machine's limits only")
+    return parser
+
+
+def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import dense
+
+    plan = dense.Plan(arguments.sizes, arguments.workers, arguments.servers, arguments.mode)
+    return dense.run(plan, arguments.runs)
+
+
+def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import alone
+
+    return alone.run()
+
+
+def _limits(_arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import limits
+
+    return {"limits": limits.measure().as_dict()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(benchmark: str, result: dict[str, Any]) -> None:
+    """Print one benchmark's result."""
+    console = Console()
+    if benchmark == "alone":
+        _show_alone(console, result)
+        return
+    _show_limits(console, result["limits"])
+    if benchmark == "dense":
+        _show_dense(console, result)
+
+
+def _show_limits(console: Console, limits: dict[str, float]) -> None:
+    table = Table(title="Limits of this machine, in this run (GB/s)")
+    for name in limits:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row(*(f"{value:.2f}" for value in limits.values()))
+    console.print(table)
+
+
+def _show_dense(console: Console, result: dict[str, Any]) -> None:
+    title = f"Dense {result['mode']} steps, {result['workers']} workers, {result['servers']} servers"
+    table = Table(title=title)
+    heads = ["size", "step ms", "p90", "push GB/s", "/ gRPC", "pull GB/s", "/ gRPC", "apply+pull ms", "parameters"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in result["rows"]:
+        verdict = "right" if row["right"] else f"[red]WRONG by {row['steps_off']:.2g} steps[/red]"
+        table.add_row(
+            row["size"], f"{row['step_ms']:.1f}", f"{row['step_p90_ms']:.1f}",
+            f"{row['push_gbps']:.2f}", f"{row['push_of_grpc']:.0%}",
+            f"{row['pull_gbps']:.2f}", f"{row['pull_of_grpc']:.0%}",
+            f"{row['apply_and_pull_ms']:.1f}", verdict,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _show_alone(console: Console, result: dict[str, Any]) -> None:
+    low, high = result["ratio_quartiles"]
+    console.print(
+        f"alone / plain torch: step-time ratio [bold]{result['ratio']:.4f}[/bold] "
+        f"(quartiles {low:.4f} .. {high:.4f} of {result['pairs']} pairs; "
+        f"{result['plain_step_ms']:.3f} ms plain, {result['paramesh_step_ms']:.3f} ms Paramesh)"
+    )

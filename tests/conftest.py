@@ -1,0 +1,81 @@
+"""Fixtures for all tests: clusters, and the hygiene of the test processes."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+# Before torch is imported anywhere: two test workers with one thread each use two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+# A test must not find the cluster of whoever started the tests.
+for _name in [name for name in os.environ if name.startswith("PARAMESH_")]:
+    del os.environ[_name]
+
+from tests.cluster.handle import ClusterHandle  # noqa: E402
+
+BACKENDS = ("inprocess", "processes")
+
+
+def make_cluster(backend: str, **arguments: Any) -> ClusterHandle:
+    """A cluster of one backend, not started."""
+    if backend == "inprocess":
+        from tests.cluster.inprocess import InProcessCluster
+
+        return InProcessCluster(**arguments)
+    from tests.cluster.processes import ProcessCluster
+
+    return ProcessCluster(**arguments)
+
+
+@pytest.fixture(params=BACKENDS)
+def cluster_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., ClusterHandle]]:
+    """Start clusters of each backend; everything ends with the test, logs shown if it failed."""
+    yield from _factory(request, request.param)
+
+
+@pytest.fixture
+def process_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[..., ClusterHandle]]:
+    """Start clusters of real processes, for faults that threads cannot have."""
+    yield from _factory(request, "processes")
+
+
+def _factory(request: pytest.FixtureRequest, backend: str) -> Iterator[Callable[..., ClusterHandle]]:
+    started: list[ClusterHandle] = []
+
+    def start(**arguments: Any) -> ClusterHandle:
+        cluster = make_cluster(backend, **arguments)
+        started.append(cluster)
+        try:
+            cluster.start()
+        except BaseException:
+            cluster.print_logs()
+            raise
+        return cluster
+
+    try:
+        yield start
+    finally:
+        report = getattr(request.node, "report_of_call", None)
+        for cluster in started:
+            if report is not None and report.failed:
+                cluster.print_logs()
+            cluster.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep the outcome of the test's body where the fixtures above see it."""
+    report = yield
+    if report.when == "call":
+        item.report_of_call = report  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A hang shows where every thread stands (pytest-timeout uses it too)."""
+    faulthandler.enable()
