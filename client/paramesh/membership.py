@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -22,8 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from paramesh.config import ClientConfig
 from paramesh.deliveries import Deliveries
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
+from paramesh.positions import Positions
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1.types_pb2 import JobConfig, StepRecord
+from paramesh.waiting import describe, wait
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -36,10 +37,6 @@ __all__ = ["Participant", "Session"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-PATIENCE = 30.0
-"""Seconds of waiting after which the log names who is waited for, and again after each
-further such time. Shorter would report every slow first step."""
 
 LEAVE_TIMEOUT = 5.0
 """Seconds that a clean exit spends on saying goodbye; a lost cluster must not hold it."""
@@ -73,6 +70,7 @@ class Session:
         membership: counts joins of this session, from 1; leases of an earlier one are gone.
         positions: for each group, where it stood when this worker last became ACTIVE.
         deliveries: samples that reached the loop and wait for a step.
+        data: which epoch each loader's next loop is.
         steps: steps that this worker finished, over all groups.
     """
 
@@ -92,6 +90,9 @@ class Session:
         """Tasks of this membership on the loop (the heart); cancelled when it ends."""
         self._gather_rounds: dict[str, int] = {}
         """Next round of each named barrier or mean."""
+        self.data = Positions(self)
+        self._open: set[object] = set()
+        """Training loops being iterated; while there is one, this worker is not between."""
         self._adopt(joined)
 
     def _adopt(self, joined: lg.JoinResponse) -> None:
@@ -151,9 +152,7 @@ class Session:
         self._stop_background()
         old = self.client
         self.client, joined = self.call(
-            _connect_and_join(
-                type(old) if not isinstance(old, AsyncClient) else AsyncClient, self.config, self.rank
-            ),
+            _connect_and_join(type(old) if not isinstance(old, AsyncClient) else AsyncClient, self.config, self.rank),
             "the ledger to take this worker back",
             self.config.join_timeout,
         )
@@ -225,28 +224,13 @@ class Session:
             Timeout: DEADLINE, after `timeout`.
             StateRefused: FORKED in a forked child; NOT_MEMBER after `leave`.
         """
-        future = self.submit(coro)
-        began = time.monotonic()
-        try:
-            while True:
-                spent = time.monotonic() - began
-                left = PATIENCE if timeout is None else min(PATIENCE, timeout - spent)
-                try:
-                    return future.result(max(0.0, left))
-                except TimeoutError:
-                    if future.done():
-                        raise
-                spent = time.monotonic() - began
-                if timeout is not None and spent >= timeout:
-                    raise refuse("DEADLINE", f"waited {timeout:g} s for {what}", what=what)
-                log.warning("waiting what=%r seconds=%.0f for=%r", what, spent, self._who())
-        except BaseException:
-            future.cancel()
-            raise
+        return self.wait(self.submit(coro), what, timeout)
 
-    def request(
-        self, make: Callable[[], Coroutine[Any, Any, T]], what: str, timeout: float | None = None
-    ) -> T:
+    def wait(self, future: concurrent.futures.Future[T], what: str, timeout: float | None = None) -> T:
+        """Wait for what `submit` started, as `call` does."""
+        return wait(future, what, timeout, self._who)
+
+    def request(self, make: Callable[[], Coroutine[Any, Any, T]], what: str, timeout: float | None = None) -> T:
         """As `call`, and when this worker turns out to be evicted, rejoin and ask once more."""
         try:
             return self.call(make(), what, timeout)
@@ -255,20 +239,12 @@ class Session:
             return self.call(make(), what, timeout)
 
     def _who(self) -> str:
-        """Who holds everybody up, in words, from the ledger; never raises."""
+        """Who holds everybody up, from the ledger; never raises."""
         try:
-            status = self._io.run(
-                self.client.ledger.ledger_status(lg.LedgerStatusRequest()), 2.0, "the ledger's status"
-            )
+            status = self.client.ledger.ledger_status(lg.LedgerStatusRequest())
+            return describe(self._io.run(status, 2.0, "the ledger's status"))
         except Exception as error:
             return f"unknown, the ledger does not answer: {error}"
-        slots = {member.rank: member.slot for member in status.members}
-        missing = [
-            f"group {group.name}: " + ", ".join(f"rank {r} ({slots.get(r, '?')})" for r in group.waiting_for)
-            for group in status.groups
-            if group.waiting_for
-        ]
-        return "; ".join(missing) or status.phase or "nobody that the ledger knows"
 
     # ------------------------------------------------------------------ activity
 
@@ -298,7 +274,7 @@ class Session:
 
     def set_between(self) -> None:
         """Say that this worker is between two loaders: a step waits for it once, briefly."""
-        if self.active:
+        if self._activity != lg.ACTIVITY_BETWEEN:
             self._set_activity(lg.ACTIVITY_BETWEEN)
 
     def set_idle(self) -> None:
@@ -306,9 +282,27 @@ class Session:
         if self._activity != lg.ACTIVITY_IDLE:
             self._set_activity(lg.ACTIVITY_IDLE)
 
-    def not_active(self) -> None:
-        """Note that the ledger counts this worker as BETWEEN (it waits in a lease)."""
-        self._activity = lg.ACTIVITY_BETWEEN
+    def forget_activity(self) -> None:
+        """Note that the ledger may have made this worker BETWEEN (it waited in a lease)."""
+        if self.active:
+            self._activity = lg.ACTIVITY_UNSPECIFIED
+
+    def opened(self, loop: object, *, training: bool) -> None:
+        """A loop over a loader begins; steps do not wait for one that evaluates."""
+        if training:
+            self._open.add(loop)
+        else:
+            self.set_idle()
+
+    def ended(self, loop: object) -> None:
+        """A loop over a loader ended; after the last one, this worker is between."""
+        self._open.discard(loop)
+        if self.closed or self._open:
+            return
+        try:
+            self.set_between()
+        except ParameshError as error:  # runs in `finally`: the loop's own error comes first
+            log.warning("end of a loop not noted reason=%s: %s", error.reason, error)
 
     def _set_activity(self, activity: int) -> None:
         value = lg.Activity.ValueType(activity)
@@ -374,9 +368,7 @@ async def _connect_and_join(
         role="worker",
     )
     try:
-        request = lg.JoinRequest(
-            slot=config.place, preferred_rank=rank or 0, has_preferred_rank=rank is not None
-        )
+        request = lg.JoinRequest(slot=config.place, preferred_rank=rank or 0, has_preferred_rank=rank is not None)
         return client, await client.ledger.join(request)
     except BaseException:
         await client.close()
