@@ -1,0 +1,120 @@
+"""The docs: links lead somewhere, Python in them compiles, generated tables are current."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+import textwrap
+
+import pytest
+from paramesh import errors
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+
+
+def name_of(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: pathlib.Path) -> str:
+    """The page without its code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: pathlib.Path) -> list[str]:
+    """The internal links of a page that lead nowhere."""
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def python_blocks() -> list[object]:
+    """Every code block that is marked as Python, with a name for the test."""
+    return [
+        pytest.param(code, id=f"{name_of(page)}-{i}")
+        for page in PAGES
+        for i, (language, code) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")))
+        if language == "python"
+    ]
+
+
+def test_the_pages_are_there() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/tutorial.md"} <= {
+        name_of(page) for page in PAGES
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: pathlib.Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n[a](other.md) [b](#here) [c](#there) [d](https://example.org)\n", encoding="utf-8")
+    assert broken_links(page) == ["other.md", "#there"]
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_python_compiles(code: str) -> None:
+    ast.parse(textwrap.dedent(code))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fences_are_closed(page: pathlib.Path) -> None:
+    assert page.read_text(encoding="utf-8").count("\n```") % 2 == 0
+
+
+def test_every_decision_is_listed_and_has_its_parts() -> None:
+    folder = ROOT / "docs" / "decisions"
+    decisions = sorted(folder.glob("[0-9]*.md"))
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [int(page.name[:4]) for page in decisions] == list(range(1, len(decisions) + 1))
+    for page in decisions:
+        title, *parts = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert parts == ["Context", "Decision", "Consequences"], page.name
+        assert f"[{title}]({page.name})" in index
+
+
+def generator() -> object:
+    """The module tools/gen_error_docs.py."""
+    spec = importlib.util.spec_from_file_location("gen_error_docs", ROOT / "tools" / "gen_error_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_error_table_is_current() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert generator().render(page) == page, "run python tools/gen_error_docs.py"
+
+
+def test_every_reason_has_a_remedy_and_no_remedy_lacks_its_reason() -> None:
+    module = generator()
+    assert all(module.remedy(name) for name in errors.REASONS)
+    assert set(module.REMEDIES) <= set(errors.REASONS)
+
+
+def test_reasons_and_classes_that_the_docs_name_exist() -> None:
+    classes = {row.error.__name__ for row in errors.REASONS.values()} | {"ParameshError"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"paramesh\.errors\.([A-Z]\w+)", text):
+            assert name in classes or name in errors.__all__, (name_of(page), name)
