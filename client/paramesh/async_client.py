@@ -27,6 +27,7 @@ from paramesh.errors import Action, ParameshError, refuse
 from paramesh.framing import DEFAULT_CHECKSUM, encode
 from paramesh.lanes.grpc_lane import GrpcLane, Sink
 from paramesh.ledger_client import LedgerClient
+from paramesh.memory import keep_big_buffers
 from paramesh.retry import Backoff
 from paramesh.routing import Routes
 from paramesh.status import from_detail
@@ -102,6 +103,8 @@ class AsyncClient:
             Unavailable: UNREACHABLE, if no coordinator answers.
             StateRefused: WRONG_CLUSTER or VERSION.
         """
+        if role == "worker":
+            keep_big_buffers()
         link = CoordinatorLink(coordinators, job)
         hostname = socket.gethostname()
         request = co.RegisterClientRequest(
