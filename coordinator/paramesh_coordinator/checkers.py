@@ -1,0 +1,138 @@
+"""Who is silent, and whether that counts. Pure: time is passed in.
+
+    liveness.track(node, now)
+    nonce = liveness.beat(node, echo, now)      # answer with it; None: not known here
+    for silent in liveness.tick(now).dead: ...
+
+Silence counts from the arrival of the last *fresh echo*: a beat that returns a nonce of
+ours which it had not returned before. So a node that we cannot reach is silent even
+though its own beats arrive. And it counts only while the coordinator itself ran and
+heard: after a late tick, or while fewer than half of the nodes echo, the fault is as
+likely ours (paused, cut off), and everybody gets a new grace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from paramesh_coordinator.state import NodeKey
+
+__all__ = ["FRESH_BEATS", "Liveness", "Silent", "Verdict"]
+
+FRESH_BEATS = 1.6
+"""In beats (0.8 s of 0.5 s ones): an echo is fresh for one beat and the jitter of the next;
+a tick that is later than this may have missed everybody's beats."""
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A node whose time is over, with the evidence."""
+
+    node: NodeKey
+    silence: float
+    """Seconds since its last fresh echo, or since the grace began."""
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a tick found."""
+
+    dead: tuple[Silent, ...] = ()
+    grace: str = ""
+    """Why the grace began anew; empty if it did not."""
+
+
+@dataclass
+class _Watched:
+    """One node."""
+
+    fresh: float
+    """When its last fresh echo came."""
+    echoed: int = 0
+    """The highest nonce that it has returned; only rises, so a repeated echo is stale."""
+    sent: int = 0
+    """The last nonce that it was sent; 0 before the first."""
+
+
+@dataclass
+class Liveness:
+    """Everybody's last sign of life.
+
+    Args:
+        interval: seconds between beats.
+        failure_timeout: silence of a server or host that is death, seconds.
+        client_timeout: the same of a client that beats for itself.
+        now: the start; a grace of one timeout begins.
+        first_nonce: a random number, so that an echo of an earlier coordinator is no echo.
+    """
+
+    interval: float
+    failure_timeout: float
+    client_timeout: float
+    now: float
+    first_nonce: int
+    _nodes: dict[NodeKey, _Watched] = field(default_factory=dict)
+    _grace: float = field(init=False)
+    """Silence before this moment does not count."""
+    _last_tick: float = field(init=False)
+    _nonce: int = field(init=False)
+    """The last nonce given out; only rises."""
+
+    def __post_init__(self) -> None:
+        self._grace = self._last_tick = self.now
+        self._nonce = self.first_nonce
+
+    def track(self, node: NodeKey, now: float) -> None:
+        """Begin to watch a node, or count a repeated registration as a sign of life."""
+        self._nodes.setdefault(node, _Watched(now)).fresh = now
+
+    def forget(self, node: NodeKey) -> None:
+        """Stop watching."""
+        self._nodes.pop(node, None)
+
+    def beat(self, node: NodeKey, echo: int, now: float) -> int | None:
+        """Take in a beat.
+
+        Returns:
+            The nonce to answer with, or None for a node that is not watched.
+        """
+        watched = self._nodes.get(node)
+        if watched is None:
+            return None
+        if watched.echoed < echo <= watched.sent:
+            watched.echoed = echo
+            watched.fresh = now
+        self._nonce += 1
+        watched.sent = self._nonce
+        if not watched.echoed:
+            watched.echoed = self._nonce - 1  # a nonce of somebody else's, or of before, is no echo
+        return self._nonce
+
+    def silence(self, node: NodeKey, now: float) -> float:
+        """Seconds since the last fresh echo, for people; 0 for a node that is not watched."""
+        watched = self._nodes.get(node)
+        return 0.0 if watched is None else max(0.0, now - watched.fresh)
+
+    def tick(self, now: float) -> Verdict:
+        """Judge everybody. Call it several times per beat."""
+        late, self._last_tick = now - self._last_tick, now
+        window = FRESH_BEATS * self.interval
+        if late > window:
+            return self._renew(now, f"own tick came {late:.2f} s after the one before")
+        fresh = sum(now - watched.fresh <= window for watched in self._nodes.values())
+        if 2 * fresh < len(self._nodes):
+            return self._renew(now, f"only {fresh} of {len(self._nodes)} nodes were heard in the last {window:.2f} s")
+        return Verdict(tuple(self._silent(now)))
+
+    def _renew(self, now: float, why: str) -> Verdict:
+        self._grace = now
+        return Verdict(grace=why)
+
+    def _silent(self, now: float) -> Iterable[Silent]:
+        for node, watched in self._nodes.items():
+            timeout = self.client_timeout if node.kind == "client" else self.failure_timeout
+            silence = now - max(watched.fresh, self._grace)
+            if silence > timeout:
+                yield Silent(node, silence, timeout)

@@ -1,0 +1,135 @@
+"""What the coordinator can be told, checked once.
+
+config = CoordinatorConfig(bind="127.0.0.1:0", state=None)      # in-process, no file
+config = CoordinatorConfig(state=Path("run.sqlite"), start_workers=4)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from paramesh.errors import ConfigError
+from paramesh.routing import NAME
+
+__all__ = ["CoordinatorConfig", "parse_bind"]
+
+BEATS_PER_TIMEOUT = 4
+"""A failure timeout below four beats evicts on a single lost packet plus jitter."""
+
+
+@dataclass(frozen=True)
+class CoordinatorConfig:
+    """Everything that a coordinator is started with. Times are in seconds.
+
+    Raises:
+        ConfigError: a value is impossible; `metadata["key"]` and the message name the key.
+    """
+
+    bind: str = "127.0.0.1:7070"
+    """host:port to listen on. Port 0 picks a free one, which is logged when serving."""
+
+    state: Path | None = None
+    """The SQLite file. None keeps the state in memory: a restart then loses the cluster."""
+
+    job: str = "default"
+    """The cluster's name; requests that name another are refused with WRONG_CLUSTER."""
+
+    start_workers: int = 1
+    """Step 0 waits until that many workers have joined."""
+
+    min_workers: int = 1
+    """Later steps pause below that many active workers."""
+
+    min_servers: int = 1
+    """Nothing is placed before that many servers have registered, so that placement is even."""
+
+    heartbeat_interval: float = 0.5
+    """Between two beats. Lower finds death sooner and costs one small message per node and beat."""
+
+    failure_timeout: float = 2.0
+    """Silence after which a server or host is dead. At least four beats: one lost packet and
+    a busy moment must not evict anybody."""
+
+    client_timeout: float = 10.0
+    """The same for a client without a supervisor: it beats from a process whose GIL a long
+    C call may hold for seconds."""
+
+    gather: float = 2.0
+    """How long a step waits, once per idle period, for members between two loaders."""
+
+    step_timeout: float = 0.0
+    """Evicts a member that beats but never gets ready. 0: never."""
+
+    push_timeout: float = 60.0
+    """After it the outcome of a push is unknown and the client registers anew."""
+
+    max_table_bytes: int = 1 << 40
+    """A table above this is refused with QUOTA before anything is allocated."""
+
+    max_partitions: int = 1 << 16
+    """Partitions of the whole job; each costs about 200 bytes of every map that is sent."""
+
+    insecure: bool = False
+    """Allows a bind that other machines can reach, although traffic is not encrypted."""
+
+    def __post_init__(self) -> None:
+        host, _ = parse_bind(self.bind)
+        if not self.insecure and not _is_loopback(host):
+            raise _wrong(
+                "bind",
+                f"{self.bind!r} can be reached from other machines and traffic is not encrypted; "
+                "bind to 127.0.0.1, or pass --insecure inside a network that you trust",
+            )
+        if not NAME.fullmatch(self.job):
+            raise _wrong("job", f"{self.job[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
+        for key in ("start_workers", "min_workers", "min_servers", "max_table_bytes", "max_partitions"):
+            if getattr(self, key) < 1:
+                raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
+        if self.min_workers > self.start_workers:
+            raise _wrong("min_workers", f"is {self.min_workers}, above start_workers ({self.start_workers})")
+        self._check_times()
+
+    def _check_times(self) -> None:
+        for key in ("heartbeat_interval", "failure_timeout", "client_timeout", "push_timeout"):
+            if not (math.isfinite(getattr(self, key)) and 0.01 <= getattr(self, key) <= 3600):
+                raise _wrong(key, f"is {getattr(self, key)} s, and must be within 0.01 and 3600")
+        for key in ("gather", "step_timeout"):
+            if not (math.isfinite(getattr(self, key)) and 0 <= getattr(self, key) <= 86400):
+                raise _wrong(key, f"is {getattr(self, key)} s, and must be within 0 and 86400")
+        if self.heartbeat_interval * BEATS_PER_TIMEOUT > self.failure_timeout:
+            raise _wrong(
+                "heartbeat_interval",
+                f"is {self.heartbeat_interval} s, more than a quarter of failure_timeout ({self.failure_timeout} s)",
+            )
+        if self.client_timeout < self.failure_timeout:
+            raise _wrong("client_timeout", f"is below failure_timeout ({self.failure_timeout} s)")
+
+
+def parse_bind(bind: str) -> tuple[str, int]:
+    """Split host:port.
+
+    Raises:
+        ConfigError: it is not that, or the port is outside 0..65535.
+    """
+    host, colon, port = bind.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise _wrong("bind", f"{bind!r} is not host:port, such as 127.0.0.1:7070")
+    if int(port) > 65535:
+        raise _wrong("bind", f"port {port} is above 65535")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _wrong(key: str, problem: str) -> ConfigError:
+    return ConfigError(f"{key}: {problem}", metadata={"key": key})

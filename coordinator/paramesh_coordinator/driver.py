@@ -1,0 +1,274 @@
+"""The thin body around the pure brain: commits decisions, then acts on them; ticks.
+
+    driver = Driver(config, store)
+    await driver.start()
+    client_id = await driver.decide(lambda draft: membership.register_client(draft, hello))
+
+One task takes decisions one at a time, in order, so a decision always sees the state that
+it is compared against. The commit runs in a thread (an fsync may take a while and beats
+must be answered meanwhile) and is finished even if the caller hangs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from paramesh.errors import ParameshError, refuse
+from paramesh.v1 import coordinator_pb2 as co
+
+from paramesh_coordinator import membership
+from paramesh_coordinator.checkers import Liveness, Silent
+from paramesh_coordinator.config import CoordinatorConfig
+from paramesh_coordinator.feed import MapFeed
+from paramesh_coordinator.rows import JobRow, encode
+from paramesh_coordinator.state import ClusterState, Draft, NodeKey, Registered, build_map
+from paramesh_coordinator.store.base import MetaStore
+
+__all__ = ["Driver", "boottime", "fresh_job"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Decision = Callable[[Draft], Any]
+
+TICKS_PER_BEAT = 5
+"""Death is found at most a tick after the timeout: 0.1 s of the default 2 s."""
+
+
+def boottime() -> float:
+    """Seconds that go on while the machine sleeps, so that waking up is a late tick."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+def fresh_job(config: CoordinatorConfig) -> JobRow:
+    """The job's row as an empty store begins with it."""
+    return JobRow(
+        name=config.job,
+        start_workers=config.start_workers,
+        min_workers=config.min_workers,
+        replicas=1,
+        gather_ms=round(config.gather * 1000),
+        step_timeout_ms=round(config.step_timeout * 1000),
+        push_timeout_ms=round(config.push_timeout * 1000),
+    )
+
+
+class Driver:
+    """Owns the store, the state, the clock and the tasks.
+
+    Attributes:
+        state: what is committed. Written only by the decision task.
+        feed: the map that follows from it.
+        deposed: set, with the reason, when a newer coordinator has taken over the store.
+    """
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        store: MetaStore,
+        clock: Callable[[], float] = boottime,
+        wall: Callable[[], float] = time.time,
+    ):
+        self.config = config
+        self.store = store
+        self.clock = clock
+        self.started = clock()
+        self.deposed: asyncio.Future[ParameshError] = asyncio.get_running_loop().create_future()
+        self._wall = wall
+        self.state = ClusterState.load(store.scan(""), fresh_job(config))
+        self.feed = MapFeed(build_map(self.state, store.term))
+        self.liveness = self._new_liveness()
+        self.figures: dict[NodeKey, co.HeartbeatRequest] = {}
+        """The last beat of each node, for people."""
+        self._listeners: list[Callable[[], None]] = []
+        self._queue: asyncio.Queue[tuple[Decision, asyncio.Future[Any]]] = asyncio.Queue()
+        self._commits = ThreadPoolExecutor(1, thread_name_prefix="paramesh-commit")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._judging: asyncio.Task[None] | None = None
+        """The decision on the last tick's silent nodes, while it is under way."""
+        self._grace_told = ""
+
+    def _new_liveness(self) -> Liveness:
+        first_nonce = secrets.randbelow(1 << 62) + 1
+        config = self.config
+        return Liveness(
+            config.heartbeat_interval, config.failure_timeout, config.client_timeout, self.clock(), first_nonce
+        )
+
+    @property
+    def term(self) -> int:
+        """This coordinator's term."""
+        return self.store.term
+
+    async def start(self) -> None:
+        """Commit the new term's first decision, watch everybody, begin to tick.
+
+        Raises:
+            ParameshError: the store refuses; the coordinator cannot serve.
+        """
+        now = self.clock()
+        for node in self.state.beating():
+            self.liveness.track(node, now)
+        self._spawn(self._take_decisions(), "decisions")
+        restarted = self.state.job.map_version > 0
+        if not restarted:
+            self.store.transact({JobRow.PREFIX: None}, {JobRow.PREFIX: encode(self.state.job)})
+        await self.decide(lambda draft: self._begin(draft, restarted))
+        self._spawn(self._tick(), "tick")
+
+    def _begin(self, draft: Draft, restarted: bool) -> None:
+        draft.raise_map()  # so that every watcher learns the new term
+        draft.audit(
+            "coordinator_restarted" if restarted else "coordinator_started",
+            self.config.job,
+            watched=len(self.state.beating()),
+            pending=len(self.state.operations()),
+        )
+
+    def _spawn(self, body: Any, name: str) -> None:
+        self._tasks.append(asyncio.create_task(body, name=f"coordinator-{name}"))
+
+    async def stop(self) -> None:
+        """End the tasks; a decision being committed is finished first."""
+        tasks = [*self._tasks, *([self._judging] if self._judging else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._commits.shutdown(wait=True)
+        while not self._queue.empty():
+            _, answer = self._queue.get_nowait()
+            if not answer.done():
+                answer.set_exception(refuse("NOT_READY", "the coordinator is stopping"))
+
+    # --- decisions -----------------------------------------------------------------
+
+    async def decide(self, decision: Callable[[Draft], T]) -> T:
+        """Take a decision: commit what it writes, apply it, act on it.
+
+        Returns:
+            What `decision` returned, once committed.
+
+        Raises:
+            ParameshError: its refusal, or the store's; nothing was changed.
+        """
+        if self.deposed.done():
+            raise self.deposed.result()
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((decision, answer))
+        return await answer
+
+    async def _take_decisions(self) -> None:
+        while True:
+            decision, answer = await self._queue.get()
+            if answer.cancelled():
+                continue
+            # Shielded: a commit under way must be applied, or memory and store part ways.
+            work = asyncio.ensure_future(self._decide(decision))
+            try:
+                result = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.gather(work, return_exceptions=True)
+                if not answer.done():
+                    answer.set_exception(refuse("NOT_READY", "the coordinator is stopping"))
+                raise
+            except Exception as error:
+                if not answer.done():
+                    answer.set_exception(error)
+            else:
+                if not answer.done():
+                    answer.set_result(result)
+
+    async def _decide(self, decision: Decision) -> Any:
+        draft = Draft(self.state, self.term, round(self._wall() * 1000))
+        result = decision(draft)
+        if draft.writes:
+            await self._commit(draft)
+            self.state.apply(draft.writes)
+        self._act(draft)
+        return result
+
+    async def _commit(self, draft: Draft) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._commits, self.store.transact, draft.compare, draft.encoded())
+        except ParameshError as error:
+            if error.reason == "STALE_TERM":
+                self.step_down(error)
+            else:
+                log.error("commit refused reason=%s error=%s", error.reason, error)
+            raise
+
+    def _act(self, draft: Draft) -> None:
+        for effect in draft.effects:
+            if isinstance(effect, Registered):
+                self.liveness.track(effect.node, self.clock())
+            else:
+                self.liveness.forget(effect.node)
+                self.figures.pop(effect.node, None)
+        for kind, subject, evidence in draft.audited:
+            log.info("decided kind=%s subject=%s evidence=%s", kind, subject, evidence)
+        if self.state.job.map_version != self.feed.current.version:
+            self.feed.publish(build_map(self.state, self.term))
+        if draft.writes:
+            for listener in self._listeners:
+                listener()
+
+    def after_commit(self, listener: Callable[[], None]) -> None:
+        """Call `listener` on the loop after every commit."""
+        self._listeners.append(listener)
+
+    def step_down(self, error: ParameshError) -> None:
+        """A newer coordinator is in charge: take no further decision."""
+        if not self.deposed.done():
+            log.error("stepping down term=%d reason=%s", self.term, error)
+            self.deposed.set_result(error)
+
+    # --- time ----------------------------------------------------------------------
+
+    def beat(self, node: NodeKey, request: co.HeartbeatRequest) -> int | None:
+        """Take in a beat; the nonce to answer with, or None for who is not live here."""
+        nonce = self.liveness.beat(node, request.echo, self.clock())
+        if nonce is not None:
+            self.figures[node] = request
+        return nonce
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.heartbeat_interval / TICKS_PER_BEAT)
+            verdict = self.liveness.tick(self.clock())
+            self._tell_grace(verdict.grace)
+            # Not awaited here: a slow commit must not make the next tick late.
+            if verdict.dead and (self._judging is None or self._judging.done()):
+                self._judging = asyncio.create_task(self._judge(verdict.dead), name="coordinator-judge")
+
+    def _tell_grace(self, why: str) -> None:
+        if bool(why) != bool(self._grace_told):
+            log.warning("grace %s", f"begins anew why={why!r}" if why else "ends; silence counts again")
+        self._grace_told = why
+
+    async def _judge(self, dead: tuple[Silent, ...]) -> None:
+        try:
+            await self.decide(lambda draft: self._declare(draft, dead))
+        except ParameshError as error:
+            log.error("nobody declared dead, will try again reason=%s error=%s", error.reason, error)
+
+    def _declare(self, draft: Draft, dead: tuple[Silent, ...]) -> None:
+        now = self.clock()
+        for one in dead:
+            # Somebody may have been heard while this decision waited in the queue.
+            if self.liveness.silence(one.node, now) > one.timeout:
+                membership.silent(draft, one.node, one.silence, one.timeout)
+
+    def settings_differ(self) -> list[str]:
+        """Settings that the job agreed on at its start and this start's flags contradict."""
+        mine, agreed = fresh_job(self.config), self.state.job
+        agreed_on = ("start_workers", "min_workers", "gather_ms", "step_timeout_ms", "push_timeout_ms")
+        return [name for name in agreed_on if getattr(mine, name) != getattr(agreed, name)]

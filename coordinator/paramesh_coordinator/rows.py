@@ -1,0 +1,340 @@
+"""What the coordinator stores: one frozen row per thing, as JSON under a key.
+
+The state of the cluster is a function of these rows, so a restart is a scan. Rows never
+change in place: a decision writes new ones (see `state.Draft`). Pure.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import enum
+import json
+import typing
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "NodeState", "OperationRow",
+    "PartitionRow", "PartitionState", "Ref", "Row", "ServerRow", "Stage", "TableRow", "decode", "encode", "moved",
+]  # fmt: skip
+
+
+class NodeState(enum.StrEnum):
+    """The judgement on a server or host."""
+
+    LIVE = "live"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+class ClientState(enum.StrEnum):
+    """The judgement on a client."""
+
+    LIVE = "live"
+    LEFT = "left"
+    EVICTED = "evicted"
+
+
+class PartitionState(enum.StrEnum):
+    """Whether a partition can acknowledge."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+class Stage(enum.StrEnum):
+    """How far a pending operation on a closed client is."""
+
+    EVICT = "evict"
+    FENCE = "fence"
+    DONE = "done"
+
+
+# The legal moves. A dead node lives again only when the very process that fell silent is
+# heard again; nothing brings back one whose death is certain (`moved` cannot know that,
+# `membership` does). An evicted client never returns: it registers as a new one.
+_MOVES: dict[enum.StrEnum, frozenset[enum.StrEnum]] = {
+    NodeState.LIVE: frozenset({NodeState.DEAD, NodeState.LEFT}),
+    NodeState.DEAD: frozenset({NodeState.LIVE}),
+    NodeState.LEFT: frozenset(),
+    ClientState.LIVE: frozenset({ClientState.LEFT, ClientState.EVICTED}),
+    ClientState.LEFT: frozenset(),
+    ClientState.EVICTED: frozenset(),
+    PartitionState.ONLINE: frozenset({PartitionState.OFFLINE}),
+    PartitionState.OFFLINE: frozenset({PartitionState.ONLINE}),
+    Stage.EVICT: frozenset({Stage.FENCE}),
+    Stage.FENCE: frozenset({Stage.DONE}),
+    Stage.DONE: frozenset(),
+}
+
+StateT = typing.TypeVar("StateT", bound=enum.StrEnum)
+
+
+def moved(old: StateT, new: StateT) -> StateT:
+    """Return `new` if the move from `old` is legal.
+
+    Raises:
+        ValueError: it is not; a bug in the decision that asked for it.
+    """
+    if type(old) is not type(new) or new not in _MOVES[old]:
+        raise ValueError(f"illegal move {type(old).__name__} {old} -> {new}")
+    return new
+
+
+class Ref(typing.NamedTuple):
+    """One process: a name and the incarnation of it."""
+
+    name: str
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.name}#{self.incarnation:x}"
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """The job: its agreed configuration and its counters."""
+
+    PREFIX: ClassVar[str] = "job"
+
+    name: str
+    start_workers: int
+    min_workers: int
+    replicas: int
+    gather_ms: int
+    step_timeout_ms: int
+    push_timeout_ms: int
+    generation: int = 1
+    """Raised by a restore; requests of an older one are refused."""
+    map_version: int = 0
+    """Raised by every change of the map."""
+    next_client: int = 1
+    """The next client id. Ids are never reused."""
+    next_table: int = 1
+    next_partition: int = 1
+    """Partition 0 is the ledger."""
+    next_operation: int = 1
+    next_event: int = 1
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return self.PREFIX
+
+
+@dataclass(frozen=True)
+class ServerRow:
+    """One process of a server."""
+
+    PREFIX: ClassVar[str] = "server/"
+
+    name: str
+    incarnation: int
+    address: str
+    control_address: str
+    host_id: str
+    version: str
+    fingerprint: bytes
+    capacity_bytes: int
+    state: NodeState = NodeState.LIVE
+    reason: str = ""
+    certain: bool = False
+    """A dead one is known to have ended: an exit report, a successor. Silence is not that."""
+
+    @property
+    def ref(self) -> Ref:
+        """The process."""
+        return Ref(self.name, self.incarnation)
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.name}/{self.incarnation}"
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """A worker supervisor; the newest process of that name."""
+
+    PREFIX: ClassVar[str] = "host/"
+
+    name: str
+    incarnation: int
+    host_id: str
+    slots: int
+    state: NodeState = NodeState.LIVE
+    reason: str = ""
+    certain: bool = False
+    """As in `ServerRow`."""
+
+    @property
+    def ref(self) -> Ref:
+        """The process."""
+        return Ref(self.name, self.incarnation)
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.name}"
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client id and the process that it was given to."""
+
+    PREFIX: ClassVar[str] = "client/"
+
+    client_id: int
+    incarnation: int
+    slot: str
+    host: str
+    """The supervisor that beats for it; empty if it beats for itself."""
+    host_incarnation: int
+    host_id: str
+    role: str
+    state: ClientState = ClientState.LIVE
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.client_id:020d}"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A table: its schema and where its partitions begin."""
+
+    PREFIX: ClassVar[str] = "table/"
+
+    table_id: int
+    name: str
+    group: str
+    first_partition: int
+    partition_count: int
+    digest: bytes
+    spec: bytes
+    """The TableSpec, serialised."""
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.table_id:010d}"
+
+
+@dataclass(frozen=True)
+class PartitionRow:
+    """One partition and the one process that holds it."""
+
+    PREFIX: ClassVar[str] = "partition/"
+
+    partition: int
+    table_id: int
+    """0 for the ledger."""
+    index: int
+    nbytes: int
+    """Bytes of its values."""
+    server: str
+    incarnation: int
+    epoch: int = 1
+    """Only rises, at every change of primary."""
+    state: PartitionState = PartitionState.ONLINE
+
+    @property
+    def primary(self) -> Ref:
+        """The process that acknowledges under this epoch."""
+        return Ref(self.server, self.incarnation)
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.partition:010d}"
+
+
+@dataclass(frozen=True)
+class OperationRow:
+    """What is committed about closed clients and must still be told to servers."""
+
+    PREFIX: ClassVar[str] = "operation/"
+
+    operation: int
+    stage: Stage
+    clients: tuple[int, ...]
+    why: str
+    only: str = ""
+    """Name of the one server to fence at; empty: every live server."""
+    confirmed: tuple[str, ...] = ()
+    """Servers that have confirmed the FENCE, as `str(Ref)`."""
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.operation:020d}"
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """One line of the audit table."""
+
+    PREFIX: ClassVar[str] = "event/"
+
+    event: int
+    wall_time_ms: int
+    term: int
+    kind: str
+    subject: str
+    evidence: str
+    """JSON."""
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return event_key(self.event)
+
+
+def event_key(event: int) -> str:
+    """Key of an audit line; keys sort as numbers do."""
+    return f"{EventRow.PREFIX}{event:020d}"
+
+
+Row = JobRow | ServerRow | HostRow | ClientRow | TableRow | PartitionRow | OperationRow | EventRow
+_CLASSES: tuple[type[Row], ...] = typing.get_args(Row)
+_HINTS = {cls: {n: h for n, h in typing.get_type_hints(cls).items() if n != "PREFIX"} for cls in _CLASSES}
+
+
+def encode(row: Row) -> bytes:
+    """Row to JSON bytes; equal rows give equal bytes."""
+    return json.dumps(dataclasses.asdict(row), default=_plain, sort_keys=True).encode()
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    raise TypeError(f"{type(value).__name__} cannot be stored")
+
+
+def decode(key: str, data: bytes) -> Row:
+    """The row stored under `key`.
+
+    Raises:
+        ValueError: the key or the bytes are none of ours; the message names the key.
+    """
+    cls = next((c for c in _CLASSES if key.startswith(c.PREFIX)), None)
+    if cls is None:
+        raise ValueError(f"unknown key {key!r} in the store")
+    try:
+        fields = json.loads(data)
+        return cls(**{name: _typed(_HINTS[cls][name], value) for name, value in fields.items()})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"row {key!r} in the store cannot be read: {error}") from error
+
+
+def _typed(hint: typing.Any, value: typing.Any) -> typing.Any:
+    if hint is bytes:
+        return base64.b64decode(value, validate=True)
+    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
+        return hint(value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return value
