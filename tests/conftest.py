@@ -39,6 +39,12 @@ def cluster_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., Cl
 
 
 @pytest.fixture
+def inprocess_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[..., ClusterHandle]]:
+    """Start clusters of threads: for what does not depend on processes, at a tenth of the time."""
+    yield from _factory(request, "inprocess")
+
+
+@pytest.fixture
 def process_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[..., ClusterHandle]]:
     """Start clusters of real processes, for faults that threads cannot have."""
     yield from _factory(request, "processes")
@@ -57,6 +63,7 @@ def _factory(request: pytest.FixtureRequest, backend: str) -> Iterator[Callable[
             raise
         return cluster
 
+    start.backend = backend  # type: ignore[attr-defined]
     try:
         yield start
     finally:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from paramesh_coordinator.server import CoordinatorServer
     from paramesh_server.server import ParameterServer
 
-    from paramesh.client import AsyncClient
+    from paramesh.client import Client
     from paramesh.io import IoThread
     from paramesh.membership import Session
 
@@ -85,7 +85,7 @@ class Cluster:
         self._coordinator: CoordinatorServer | None = None
         self._servers: dict[int, ParameterServer] = {}
         """By index; killed ones are taken out."""
-        self._clients: list[AsyncClient] = []
+        self._clients: list[Client] = []
         self._address = ""
 
     # ------------------------------------------------------------------ start and stop
@@ -118,11 +118,14 @@ class Cluster:
     def stop(self) -> None:
         """Stop everything; repeatable."""
         clients, self._clients = self._clients, []
-        nodes: list[Any] = [*self._servers.values(), self._coordinator]
+        nodes: list[Any] = [*self._servers.values(), *([self._coordinator] if self._coordinator else [])]
         self._servers, self._coordinator = {}, None
-        for what in (*(c.close() for c in clients), *(n.stop() for n in nodes if n is not None)):
+        for client in clients:
             with contextlib.suppress(Exception):
-                self._io.run(what, STOP_SECONDS, "a node of the in-process cluster to stop")
+                client.close()
+        for node in nodes:
+            with contextlib.suppress(Exception):
+                self._io.run(node.stop(), STOP_SECONDS, "a node of the in-process cluster to stop")
         if self._own_directory and self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -189,11 +192,11 @@ class Cluster:
 
     # ------------------------------------------------------------------ clients and workers
 
-    def client(self) -> AsyncClient:
-        """A low-level client, connected; closed with the cluster. Use it with `call`."""
-        from paramesh.client import AsyncClient
+    def client(self) -> Client:
+        """A low-level client (see `paramesh.connect`); closed with the cluster."""
+        from paramesh.client import connect
 
-        client = self.call(AsyncClient.connect(self._address, role="tool"))
+        client = connect(self._address, str(self._job_config.get("job", "default")))
         self._clients.append(client)
         return client
 
@@ -201,9 +204,7 @@ class Cluster:
         """Run a coroutine, such as `client.pull(...)`, where the clients live, and wait for it."""
         return self._io.run(coro, deadline or self.deadline, "a call to the in-process cluster")
 
-    def run(
-        self, fn: Callable[[int], T], *, workers: int | None = None, deadline: float | None = None
-    ) -> list[T]:
+    def run(self, fn: Callable[[int], T], *, workers: int | None = None, deadline: float | None = None) -> list[T]:
         """Run `fn(rank)` in one thread per worker, each a member of the cluster.
 
         Args:

@@ -77,6 +77,7 @@ def tally(desk: Desk) -> None:
             optimizer.zero_grad()
             model(batch).backward()
             _compute(desk, args, steps)
+            desk.emit("begin", step=steps + 1)
             optimizer.step()
             steps += 1
             desk.emit("step", epoch=epoch, step=steps, samples=batch.tolist(), digest=digest(model))

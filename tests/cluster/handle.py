@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.cluster.desk import DeskReader
 from tests.cluster.waiting import wait_until
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -125,6 +128,14 @@ class ClusterHandle(abc.ABC):
     @abc.abstractmethod
     def print_logs(self) -> None:
         """Print what the nodes and workers wrote, for a failed test's report."""
+
+    def table_values(self) -> dict[str, torch.Tensor]:
+        """The newest values of the cluster's only table, by tensor name, from the servers."""
+        import paramesh
+
+        with paramesh.connect(self.coordinator_address) as client:
+            (table,) = client.tables()
+            return client.pull(table)
 
     def wait_until(self, condition: Callable[[], T], deadline: float, what: str) -> T:
         """Poll a condition; see `tests.cluster.waiting.wait_until`."""
