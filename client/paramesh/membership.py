@@ -90,6 +90,8 @@ class Session:
         """Tasks of this membership on the loop (the heart); cancelled when it ends."""
         self._gather_rounds: dict[str, int] = {}
         """Next round of each named barrier or mean."""
+        self._optimizers_made = 0
+        """Optimizers without a name so far; only rises, so that the k-th is the same on every worker."""
         self.data = Positions(self)
         self._open: set[object] = set()
         """Training loops being iterated; while there is one, this worker is not between."""
@@ -348,6 +350,11 @@ class Session:
             self.world_size = max(1, len(record.contributors))
         for hook in self._step_hooks:
             hook(group, step, record)
+
+    def next_optimizer_name(self) -> str:
+        """The name of the next optimizer that was given none: by order of construction."""
+        self._optimizers_made += 1
+        return f"optimizer{self._optimizers_made - 1}"
 
     def next_round(self, name: str) -> int:
         """The next round of a named barrier or mean, from 0."""
