@@ -1,11 +1,16 @@
 """The docs: links lead somewhere, Python in them compiles, generated tables are current."""
 
 import ast
+import functools
 import importlib.util
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import textwrap
 
+import paramesh
 import pytest
 from paramesh import errors
 
@@ -118,3 +123,61 @@ def test_reasons_and_classes_that_the_docs_name_exist() -> None:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"paramesh\.errors\.([A-Z]\w+)", text):
             assert name in classes or name in errors.__all__, (name_of(page), name)
+
+
+COMMANDS = ("ps-coordinator", "ps-server", "ps-worker", "ps-run", "psctl")
+TOLD_BY_HELP_ONLY = {"--help", "--version"}
+
+
+@functools.cache
+def flags_of(*command: str) -> frozenset[str]:
+    """The long flags that a command's own help lists."""
+    program = pathlib.Path(sys.executable).with_name(command[0])
+    # Wide and plain, so that no flag is cut or coloured.
+    env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(
+        [program, *command[1:], "--help"], capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    declared = re.findall(r"^[ │]*(?:-\w,? +)?(--[a-z][a-z-]*)", done.stdout, re.MULTILINE)
+    return frozenset(declared) - TOLD_BY_HELP_ONLY
+
+
+def documented_flags(command: str) -> set[str]:
+    """The flags in a command's table in docs/operations.md."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### {command}\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)
+    assert section, command
+    return set(re.findall(r"^\| `(--[a-z-]+)", section.group(1), re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "psctl"])
+def test_every_flag_is_documented_and_no_other(command: str) -> None:
+    assert documented_flags(command) == flags_of(command)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(page, line) of every command line of ours in an indented block or in code marks."""
+    pattern = re.compile(rf"(?:^    |`)(?:\.venv/bin/)?((?:{'|'.join(COMMANDS)}) [^`\n#]+)", re.MULTILINE)
+    return [
+        (name_of(page), line.strip()) for page in PAGES for line in pattern.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_command_lines_use_flags_that_exist(page: str, line: str) -> None:
+    program, *words = line.split()
+    script = next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), len(words))
+    verbs = words[:1] if program == "psctl" and words and not words[0].startswith("-") else []
+    known = flags_of(program, *verbs) | (flags_of(program) if verbs else frozenset())
+    used = {word.partition("=")[0] for word in words[:script] if word.startswith("--")}
+    assert used <= known | TOLD_BY_HELP_ONLY, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_public_names_exist(page: pathlib.Path) -> None:
+    # `paramesh.routing.cut` and the like are internal paths; a name of the package itself must be public.
+    text = re.sub(r"^.*paramesh/.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = set(re.findall(r"\bparamesh\.([A-Za-z]\w*)(?!\.)\b", text))
+    modules = {path.stem for path in (ROOT / "client" / "paramesh").iterdir()}
+    assert named <= set(paramesh.__all__) | modules | {"__all__"}
