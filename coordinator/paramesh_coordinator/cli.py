@@ -99,9 +99,15 @@ def run(
         )  # fmt: skip
         code = asyncio.run(_run(config))
     except ConfigError as error:
-        typer.echo(f"ps-coordinator: {error}", err=True)
+        typer.echo(f"ps-coordinator: {_with_flag(error)}", err=True)
         code = 2
     raise typer.Exit(code)
+
+
+def _with_flag(error: ConfigError) -> str:
+    """The message with the key spelled as the flag."""
+    key = error.metadata["key"]
+    return str(error).replace(f"{key}: ", f"--{key.replace('_', '-')}: ", 1)
 
 
 def _state(state: Path | None, ephemeral: bool) -> Path | None:

@@ -1,0 +1,189 @@
+"""`psctl`: look at a running cluster.
+
+psctl status | tables | workers | events, each with --json and --watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from paramesh.errors import ParameshError
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from paramesh_coordinator.display import draw_event, draw_status, draw_tables, draw_workers
+from paramesh_coordinator.inspection import read_events, read_status, read_tables
+
+__all__ = ["main"]
+
+REFRESH_SECONDS = 1.0
+"""Two beats: silence and figures do not change faster."""
+
+WIDE = 160
+"""Columns when the output is not a terminal: a pipe must not wrap or cut cells."""
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown"
+)
+
+Coordinator = Annotated[
+    str,
+    typer.Option(envvar="PARAMESH_COORDINATOR", help="host:port of the coordinator; several with commas between."),
+]
+Job = Annotated[str, typer.Option(envvar="PARAMESH_JOB", help="Name of the cluster.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; with --watch one line per look.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Look again every second until Ctrl-C.")]
+
+Read = Callable[[], Awaitable[Any]]
+
+
+@app.callback()
+def describe() -> None:
+    """Look at a running Paramesh cluster.
+
+    Name the coordinator with --coordinator or PARAMESH_COORDINATOR. Exit status 1 means that
+    it did not answer or refused; the message says what to check.
+    """
+
+
+@app.command()
+def status(
+    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+) -> None:
+    """Everything on one page: servers, steps, tables, workers, pending operations."""
+    _show(lambda: read_status(_addresses(coordinator), job), draw_status, as_json, watch)
+
+
+@app.command()
+def tables(
+    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+) -> None:
+    """Tables: schema, size, optimizer, partitions, and on which servers they are."""
+    _show(lambda: read_tables(_addresses(coordinator), job), draw_tables, as_json, watch)
+
+
+@app.command()
+def workers(
+    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+) -> None:
+    """Workers: rank, slot, activity, and why those that are gone went."""
+
+    async def read() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await read_status(_addresses(coordinator), job))["workers"]
+        return found
+
+    _show(read, draw_workers, as_json, watch)
+
+
+@app.command()
+def events(
+    coordinator: Coordinator = "127.0.0.1:7070",
+    job: Job = "default",
+    as_json: AsJson = False,
+    watch: Watch = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest to begin with.")] = 50,
+) -> None:
+    """What the coordinator decided and on what evidence, newest last; --watch follows."""
+    _run(_follow(_addresses(coordinator), job, as_json, watch, limit))
+
+
+def _addresses(coordinator: str) -> list[str]:
+    addresses = [part.strip() for part in coordinator.split(",") if part.strip()]
+    for address in addresses:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 1 <= int(port) <= 65535):
+            typer.echo(f"psctl: --coordinator: {address!r} is not host:port, such as 127.0.0.1:7070", err=True)
+            raise typer.Exit(2)
+    if not addresses:
+        typer.echo("psctl: --coordinator: names nobody", err=True)
+        raise typer.Exit(2)
+    return addresses
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
+def _run(body: Any) -> None:
+    """Run to the end; a refusal is a message and status 1, Ctrl-C and a closed pipe are no errors."""
+    try:
+        asyncio.run(body)
+    except ParameshError as error:
+        typer.echo(f"psctl: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at exit.
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+
+
+def _show(read: Read, draw: Callable[[Any], RenderableType], as_json: bool, watch: bool) -> None:
+    _run(_watch(read, draw, as_json) if watch else _once(read, draw, as_json))
+
+
+async def _once(read: Read, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
+    found = await read()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _console().print(draw(found))
+
+
+async def _watch(read: Read, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
+    """Look again and again; the first look must succeed, later failures are shown and outlived."""
+    console = _console()
+    found = await read()
+    # Redraws in place on a terminal; a pipe gets one report after the other.
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    with live or contextlib.nullcontext():
+        while True:
+            if as_json:
+                typer.echo(json.dumps(found))
+            else:
+                page = found if isinstance(found, Text) else draw(found)
+                live.update(page, refresh=True) if live else console.print(page)
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                found = await read()
+            except ParameshError as error:
+                found = {"error": str(error)} if as_json else Text(str(error), style="red")
+
+
+async def _follow(addresses: Sequence[str], job: str, as_json: bool, watch: bool, limit: int) -> None:
+    console = _console()
+    found = await read_events(addresses, job, 0, limit)
+    last = 0
+    while True:
+        for event in found:
+            last = event["id"]
+            if as_json:
+                typer.echo(json.dumps(event))
+            else:
+                console.print(draw_event(event), soft_wrap=True)
+        if not watch:
+            return
+        await asyncio.sleep(REFRESH_SECONDS)
+        try:
+            found = await read_events(addresses, job, last, 1000)
+        except ParameshError as error:
+            typer.echo(f"psctl: {error}", err=True)
+            found = []
+
+
+def main() -> None:
+    """Entry point of `psctl`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
