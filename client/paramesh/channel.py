@@ -55,6 +55,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_COMMON,
     # gRPC's own retries would hide what the sequence numbers must see.
     ("grpc.enable_retries", 0),
+    # An http_proxy in the environment is for the web: a cluster's calls through it fail.
+    ("grpc.enable_http_proxy", 0),
     # The default back-off was measured 4.9 s late after a server came back.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 500),
