@@ -67,11 +67,11 @@ def split(argv: Sequence[str], flags: Mapping[str, bool]) -> tuple[list[str], Co
     Raises:
         ConfigError: an option before the script is not ours, or `-m` lacks its module.
     """
-    position = 0
+    position = end = 0
     while position < len(argv):
         token = argv[position]
         if token == "--":
-            position += 1
+            end, position = position, position + 1
             break
         if token == "-m":
             if position + 1 == len(argv):
@@ -81,7 +81,8 @@ def split(argv: Sequence[str], flags: Mapping[str, bool]) -> tuple[list[str], Co
         if not token.startswith("-") or token == "-":
             break
         position += _width(token, flags)
-    options = [token for token in argv[:position] if token != "--"]
+        end = position
+    options = list(argv[:end])
     if position >= len(argv):
         return options, None
     return options, Command(argv[position], tuple(argv[position + 1 :]), is_module=False)

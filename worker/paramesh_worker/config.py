@@ -183,6 +183,11 @@ class RunConfig:
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"argument --port: must be between 0 and 65535, not {self.port}")
+        if self.state and os.path.exists(self.state):
+            raise ConfigError(
+                f"argument --state: {self.state!r} exists: it is of an earlier run, whose servers are gone and"
+                " their values with them. Name a new file, or leave the flag out"
+            )
         if self.staleness is not None:
             _only_with("--staleness", self.mode, "ssp")
             _at_least("--staleness", self.staleness, 0)

@@ -26,24 +26,35 @@ LAST_LINES = 20
 
 
 class LineSplitter:
-    """Cuts a stream of bytes into lines; a carriage return ends a line too (progress bars)."""
+    """Cuts a stream of bytes into lines.
+
+    What a carriage return overwrites is dropped, as a terminal would: a progress bar becomes the one line
+    that it ends as, not hundreds.
+    """
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes, return the lines that are complete now, without their ends."""
-        pieces = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = pieces.pop()
+        pieces = (self._rest + data).split(b"\n")
+        self._rest = _visible(pieces.pop())
+        lines = [_visible(piece).rstrip(b"\r") for piece in pieces]
         if len(self._rest) > LONGEST_LINE:
-            pieces.append(self._rest)
+            lines.append(self._rest.rstrip(b"\r"))
             self._rest = b""
-        return pieces
+        return lines
 
     def close(self) -> list[bytes]:
         """Return what is left as a last line, if anything is."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = self._rest.rstrip(b"\r"), b""
         return [rest] if rest else []
+
+
+def _visible(line: bytes) -> bytes:
+    """What is left of a line after its carriage returns; one at the end overwrites nothing yet."""
+    body = line.rstrip(b"\r")
+    return line[body.rfind(b"\r") + 1 :]
 
 
 class Tail:
