@@ -1,0 +1,299 @@
+"""What ties an optimizer to a session: its table groups, and the order of things at each step.
+
+    attachment = Attachment(session, inner, model, options)
+    attachment.on_active(positions)       # iter(loader), or the first step: first values, pull
+    attachment.step(weight, amp)          # all groups of the optimizer, one after the other
+
+An optimizer has one table group to begin with. Each `add_param_group` after training began adds
+one (a group's tables are fixed once it is open), and so does `sync_buffers="mean"`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from paramesh.amp import AmpState
+from paramesh.buffers import BufferExchange
+from paramesh.encoded import SlotWrite
+from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
+from paramesh.exchange import Contribution, Exchange, GroupSettings, Table
+from paramesh.exchange_async import AsyncExchange
+from paramesh.exchange_local import LocalExchange
+from paramesh.exchange_sync import SyncExchange
+from paramesh.hyper import Value, to_protos
+from paramesh.optimizer_state import State, state_of
+from paramesh.options import Options, outer_optimizer, settings_of
+from paramesh.profiling import phase
+from paramesh.tensors import TablePlan, named_parameters
+from paramesh.v1 import ledger_pb2, types_pb2
+
+if TYPE_CHECKING:
+    from paramesh.membership import Session
+
+log = logging.getLogger(__name__)
+
+
+class Attachment:
+    """One optimizer at one session.
+
+    Args:
+        session: The membership.
+        inner: The user's optimizer.
+        model: What names its parameters, and whose buffers may be averaged.
+        options: How it trains.
+        run_inner: Makes one plain step of `inner`, for local mode.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        inner: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        options: Options,
+        run_inner: Callable[[], None],
+    ):
+        self.session = session
+        self._run_inner = run_inner
+        self._local_steps = 0
+        """Local mode: steps since the last exchange."""
+        self.inner = inner
+        self.model = model
+        self.options = options
+        self.name = options.name or session.next_optimizer_name()
+        self.main: list[Exchange] = [self._exchange(self.name, range(len(inner.param_groups)))]
+        """Exchanges of parameters, the first one's groups first."""
+        self.buffers: BufferExchange | None = None
+        if options.sync_buffers == "mean":
+            self.buffers = BufferExchange.of(session, f"{self.name}/buffers", model)
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """All, in the order in which every worker steps them."""
+        return [*self.main, *([self.buffers] if self.buffers is not None else [])]
+
+    # ------------------------------------------------------------------ tables
+
+    def _exchange(self, name: str, groups: Sequence[int]) -> Exchange:
+        o = self.options
+        settings = GroupSettings(
+            name, o.mode, o.staleness, o.every, o.backup_workers, o.loss_reduction, o.max_grad_norm
+        )
+        named = named_parameters(self.model, self.inner.param_groups)
+        tables = [self._table(f"{self.name}/{i}", name, named[i], i) for i in groups]
+        kept = [table for table in tables if table.plan.parameters]
+        if not kept:
+            raise ConfigError("the optimizer has no parameter with an element in it")
+        if o.mode == "local":
+            return LocalExchange(self.session, settings, kept)
+        if o.mode == "sync":
+            return SyncExchange(self.session, settings, kept)
+        return AsyncExchange(self.session, settings, kept)
+
+    def _table(self, name: str, group: str, named: Sequence[tuple[str, torch.nn.Parameter]], index: int) -> Table:
+        class_name, settings = type(self.inner).__name__, self._settings_of(index)
+        if self.options.mode == "local":
+            class_name, outer = outer_optimizer(self.options.outer)
+            settings = lambda: outer  # noqa: E731 - fixed, where the other reads what schedulers change
+        spec = types_pb2.OptimizerSpec(class_name=class_name, hyper_parameters=to_protos(settings()))
+        return Table(TablePlan(name, group, named, spec, self.options.partition_bytes), settings)
+
+    def _settings_of(self, index: int) -> Callable[[], Mapping[str, Value]]:
+        return lambda: settings_of(self.inner, index)
+
+    def add_group(self, index: int) -> None:
+        """A param group was added: it becomes a table, in a group of its own once training began."""
+        if not any(exchange.open for exchange in self.main):
+            self.main = [self._exchange(self.name, range(index + 1))]
+            return
+        if self.options.max_grad_norm is not None:
+            raise ConfigError(
+                "add_param_group after the first step cannot be combined with max_grad_norm: one norm over "
+                "both would need one table group, and a group's tables are fixed. Add it before the first step"
+            )
+        self.main.append(self._exchange(f"{self.name}/{index}", [index]))
+
+    # ------------------------------------------------------------------ where the group stands
+
+    @property
+    def pulls(self) -> int:
+        """Pulls that were not part of a step: values changed under whatever gradient there is."""
+        return sum(exchange.pulls for exchange in self.main)
+
+    def on_active(self, positions: Mapping[int, ledger_pb2.GroupPosition]) -> None:
+        """Makes all parameters those of the step from which this worker is required."""
+        for exchange in self.exchanges:
+            exchange.catch_up(positions.get(exchange.group) if exchange.open else None)
+
+    def on_rejoined(self) -> None:
+        """The membership is a new one."""
+        for exchange in self.exchanges:
+            exchange.forget_membership()
+
+    def _become_active(self) -> None:
+        """Makes steps wait for this worker; pulls if the group is elsewhere than its parameters."""
+        try:
+            positions = self.session.ensure_active()
+            if any(not exchange.open for exchange in self.exchanges):
+                self.on_active(positions)
+        except Fenced:
+            self._rejoin()
+
+    def _rejoin(self) -> None:
+        """This worker was evicted: it joins anew and pulls; what it computed is dropped."""
+        self.session.rejoin()
+        positions = self.session.ensure_active()
+        if any(not exchange.open for exchange in self.exchanges):
+            self.on_active(positions)
+
+    # ------------------------------------------------------------------ the step
+
+    def step(self, weight: float | None, amp: AmpState) -> bool:
+        """One step of all groups.
+
+        Args:
+            weight: Of this contribution; None: samples delivered since the last step, else 1.
+            amp: What a GradScaler set.
+
+        Returns:
+            Whether the step was skipped (an inf on some worker).
+        """
+        for exchange in self.main:
+            exchange.edits.check()
+        pulls, known = self.pulls, self.main[0].position is not None
+        self._become_active()
+        if self.options.mode == "local":
+            return self._local_step(weight, amp)
+        ranges, counted = self.session.deliveries.take(self.name)
+        if self.pulls != pulls and not self._still_counts(known, ranges):
+            self._give_back(ranges)
+            return False
+        contributions = [self._contribution(exchange, amp) for exchange in self.main]
+        return self._give(contributions, ranges, counted if weight is None else weight)
+
+    def _still_counts(self, known: bool, ranges: Sequence[types_pb2.SampleRange]) -> bool:
+        """Whether a gradient counts although its parameters have just been replaced by newer ones.
+
+        At step 0 it does: all workers begin there. A joiner's does not: it belongs to first values of its
+        own. A member's counts when samples hang on it (an epoch's remainder, stepped after its loader
+        ended): they count in exactly one step, and a gradient a few steps old beats none.
+        """
+        position = self.main[0].position
+        counts = bool(ranges) if known else not position
+        log.info("moved group=%s step=%s gradient_counts=%s", self.name, position, counts)
+        return counts
+
+    def _local_step(self, weight: float | None, amp: AmpState) -> bool:
+        """A step of the user's optimizer on this worker, and after `every` of them an exchange."""
+        inf = amp.inf
+        if not inf:
+            having = with_gradient(self.inner)
+            amp.unscale([p.grad for p in having if p.grad is not None])
+            if self.options.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(having, self.options.max_grad_norm)
+            self._run_inner()
+        self._local_steps += 1
+        if self._local_steps >= self.options.every:
+            ranges, counted = self.session.deliveries.take(self.name)
+            empty = [Contribution([]) for _ in self.main]
+            self._give(empty, ranges, counted if weight is None else weight)
+            self._local_steps = 0
+        return inf
+
+    def _give(
+        self, contributions: Sequence[Contribution], ranges: Sequence[types_pb2.SampleRange], weight: float
+    ) -> bool:
+        """Steps every group with its contribution; an evicted worker's counts nowhere, and it rejoins."""
+        contributions[0].samples = ranges
+        skipped = False
+        try:
+            for exchange, contribution in zip(self.main, contributions, strict=True):
+                contribution.weight = weight
+                outcome = exchange.step(contribution)
+                skipped = skipped or outcome.skipped
+                if exchange is self.main[0]:
+                    ranges = ()  # decided: they count
+                    self.session.after_step(exchange.group, outcome.step, outcome.record)
+            if self.buffers is not None:
+                self.buffers.step(Contribution([], weight=weight))
+        except Fenced as error:
+            log.warning("evicted during a step group=%s why=%s", self.name, error)
+            self._rejoin()
+        except BaseException:
+            self.session.deliveries.restore(ranges)
+            raise
+        return skipped
+
+    def _contribution(self, exchange: Exchange, amp: AmpState) -> Contribution:
+        gradients = [[p.grad for p in table.plan.parameters] for table in exchange.tables]
+        for table, found in zip(exchange.tables, gradients, strict=True):
+            _refuse_sparse(table.plan, found)
+        inf = amp.inf
+        if not inf:
+            with phase("unscale"):
+                amp.unscale([g for group in gradients for g in group if g is not None])
+        return Contribution(gradients, skip=inf)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients only accumulate meanwhile."""
+        yield
+
+    def _give_back(self, ranges: Sequence[types_pb2.SampleRange]) -> None:
+        """Returns the samples of a gradient that counts nowhere: others train on them."""
+        for dataset, epoch in sorted({(r.dataset, r.epoch) for r in ranges}):
+            leases = [r for r in ranges if (r.dataset, r.epoch) == (dataset, epoch)]
+            request = ledger_pb2.ReturnLeasesRequest(dataset=dataset, epoch=epoch, leases=leases)
+            try:
+                self.session.call(self.session.client.ledger.return_leases(request), "leases to return", 10.0)
+            except ParameshError as error:  # they return at the latest when this membership ends
+                log.warning("leases not returned dataset=%s why=%s", dataset, error)
+
+    # ------------------------------------------------------------------ values and state
+
+    def snapshot(self, exchange: Exchange) -> State:
+        """Returns optimizer state per parameter at one committed step; empty before the first one.
+
+        A worker that is not ACTIVE becomes so meanwhile: else steps of the others would tear the cut.
+        """
+        if exchange.position is None:
+            return {}
+        was_active = self.session.active
+        if self.options.mode == "sync":
+            self._become_active()
+        try:
+            cuts = self.session.call(exchange.snapshot_on_loop(), "the optimizer's state")
+        finally:
+            if not was_active:
+                self.session.set_between()
+        return state_of(exchange, cuts)
+
+    def assign(self, exchange: Exchange, writes: Mapping[int, Sequence[SlotWrite]]) -> None:
+        """The chief writes to the servers, all wait for it and pull. Every worker must call it."""
+        if self.session.rank == 0 and writes:
+            self.session.call(self.session.client.assign(writes), "values to be assigned")
+        name = f"assign/{exchange.settings.name}"
+        request = ledger_pb2.GatherRequest(name=name, round=self.session.next_round(name))
+        self.session.call(self.session.client.ledger.gather(request), "the other workers to assign")
+        exchange.edits.forget()
+        exchange.pull_now(exchange.reopen())
+
+
+def _refuse_sparse(plan: TablePlan, gradients: Sequence[torch.Tensor | None]) -> None:
+    for name, gradient in zip(plan.names, gradients, strict=True):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise refuse(
+                "TENSOR_MISMATCH",
+                f"parameter {name!r} has a sparse gradient; dense tables cannot take it: use paramesh.Embedding "
+                "in place of torch.nn.Embedding(sparse=True), or sparse=False",
+                tensor=name,
+            )
+
+
+def with_gradient(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Returns the parameters of an optimizer that have a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,0 +1,138 @@
+"""The synchronous step (BSP): stage, Ready, [norms and one clip factor], pull.
+
+The order is the protocol's: a Ready is sent only when every partition has acknowledged the
+contribution, and the pull of the next step carries the decision, so that whichever worker comes first
+makes the servers sum. What was staged is kept until every partition has applied the step: by then it
+was pulled, so it lives as long as `step` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from paramesh.encoded import Encoded, Snapshot
+from paramesh.errors import Fenced, ParameshError, refuse
+from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, encode
+from paramesh.v1 import ledger_pb2, types_pb2
+
+if TYPE_CHECKING:
+    from paramesh.membership import Session
+
+log = logging.getLogger(__name__)
+
+
+class SyncExchange(Exchange):
+    """One group in sync mode; also what local mode exchanges its deltas with."""
+
+    def __init__(self, session: Session, settings: GroupSettings, tables: Sequence[Table]):
+        super().__init__(session, settings, tables)
+        self.committed: list[types_pb2.StepRecord] = []
+        """Decisions that partitions may lack: the record of the step before."""
+        self._tried = (-1, 0)
+        """The step last tried, and how often: a second try must outrank what the first staged."""
+
+    def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
+        """Pulls exactly the group's next step; again if others moved on meanwhile."""
+        for _ in range(PULL_TRIES):
+            self.before_pull()
+            self.committed = [position.last] if position.HasField("last") else []
+            try:
+                self.session.call(self._pull_on_loop(position.next_step), f"parameters of step {position.next_step}")
+            except ParameshError as error:
+                if error.reason != "STEP_OUT_OF_RANGE":
+                    raise
+                position = self.reopen()
+                continue
+            self.after_pull()
+            self.position = position.next_step
+            return
+        raise refuse("STEP_OUT_OF_RANGE", f"steps overtook {PULL_TRIES} pulls; become active first")
+
+    async def _pull_on_loop(self, step: int) -> None:
+        await self.client.pull(self.partitions, self.sink, group=self.group, step=step, committed=self.committed)
+
+    async def snapshot_on_loop(self) -> dict[int, Snapshot]:
+        """Returns cuts at the start of the next step."""
+        return await self.client.snapshot(
+            self.partitions, group=self.group, step=self.position, committed=self.committed
+        )
+
+    def step(self, contribution: Contribution) -> Outcome:
+        """Gives one contribution and returns with the next step's parameters in place.
+
+        Raises:
+            Fenced: This worker was evicted and its contribution is in no step.
+        """
+        assert self.position is not None
+        step = self.position
+        encoded = encode(self.tables, contribution, self.host)
+        attempts = dict.fromkeys(encoded, self._next_attempt(step))
+        changes = self.changed_settings()
+        request = ledger_pb2.ReadyRequest(
+            group=self.group,
+            step=step,
+            weight=contribution.weight,
+            skip=contribution.skip,
+            samples=contribution.samples,
+            hyper_parameters=as_messages(changes),
+            applied_through=step,
+        )
+        _name_attempts(request, attempts)
+        self.before_pull()
+        response = self.session.call(self._step_on_loop(request, encoded, attempts), f"step {step}")
+        self.after_pull()
+        for table, current, _ in changes:
+            table.sent = current
+        self.position = step + 1
+        return Outcome(step, skipped=response.record.skip, record=response.record)
+
+    def _next_attempt(self, step: int) -> int:
+        tried, attempt = self._tried
+        self._tried = (step, attempt + 1 if tried == step else 1)
+        return self._tried[1]
+
+    # ------------------------------------------------------------------ on the IO thread
+
+    async def _step_on_loop(
+        self,
+        request: ledger_pb2.ReadyRequest,
+        encoded: Mapping[int, Encoded],
+        attempts: Mapping[int, int],
+    ) -> ledger_pb2.ReadyResponse:
+        await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
+        response = await self._ready_on_loop(request)
+        record = response.record
+        if record.needs_clip and not record.has_clip_factor and not record.skip:
+            record = await self._clip_on_loop(record)
+            response.record.CopyFrom(record)
+        self.committed = [record]
+        await self._pull_on_loop(request.step + 1)
+        return response
+
+    async def _ready_on_loop(self, request: ledger_pb2.ReadyRequest) -> ledger_pb2.ReadyResponse:
+        """Ready until decided; an evicted worker is told the decision of a step it was named in."""
+        response = await self.client.ledger.ready(request)
+        if response.record.step != request.step:
+            raise Fenced(f"asked for step {request.step}, the group is at {response.record.step}", reason="EVICTED")
+        if not response.included:
+            log.warning("too late step=%d: the step was decided without this contribution", request.step)
+        return response
+
+    async def _clip_on_loop(self, record: types_pb2.StepRecord) -> types_pb2.StepRecord:
+        norms = await self.client.norms(self.partitions, self.group, [*self.committed, record])
+        parts = [
+            ledger_pb2.PartitionSquaredNorm(partition=partition, squared_norm=value)
+            for partition, value in norms.items()
+        ]
+        request = ledger_pb2.ClipRequest(group=self.group, step=record.step, norms=parts)
+        return (await self.client.ledger.clip(request)).record
+
+
+def _name_attempts(request: ledger_pb2.ReadyRequest, attempts: Mapping[int, int]) -> None:
+    """Names the attempt that counts in each partition: the lowest, and those that are above it."""
+    request.attempt = min(attempts.values(), default=1)
+    for partition, attempt in attempts.items():
+        if attempt != request.attempt:
+            request.overrides.add(partition=partition, attempt=attempt)
