@@ -163,7 +163,12 @@ class Cluster:
         from paramesh_server.config import ServerConfig
         from paramesh_server.server import ParameterServer
 
-        config = ServerConfig(coordinator=self._address, name=f"server-{index}", bind="127.0.0.1:0")
+        config = ServerConfig(
+            coordinator=self._address,
+            job=str(self._job_config.get("job", "default")),
+            name=f"server-{index}",
+            heartbeat="loop",
+        )
         server = ParameterServer(config)
         await server.start()
         self._servers[index] = server

@@ -9,7 +9,9 @@ exactly one committed step" is one comparison, exact, whatever faults hit on the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import paramesh
@@ -58,7 +60,8 @@ def tally(desk: Desk) -> None:
     Args on the desk (with defaults): length 64, batch 4, epochs 2, mode "sync",
     staleness 4, every 1, num_workers 0, seconds 0 (of computing per step; a number, or one
     per worker), first 0 (more for the first step), wait_at (a step that waits for the gate
-    "go", while others go on), validate (index of the worker that validates after each
+    "go", while others go on), waiter (index of the only worker that waits), stop_at (a gate: once
+    it is open, the loop ends early), validate (index of the worker that validates after each
     epoch) with validate_seconds.
     """
     args = {"length": 64, "batch": 4, "epochs": 2, "mode": "sync", "num_workers": 0, **desk.args}
@@ -81,6 +84,8 @@ def tally(desk: Desk) -> None:
             optimizer.step()
             steps += 1
             desk.emit("step", epoch=epoch, step=steps, samples=batch.tolist(), digest=digest(model))
+            if "stop_at" in args and desk.is_open(args["stop_at"]):
+                return
         if args.get("validate") == desk.index:
             desk.emit("validating", epoch=epoch)
             time.sleep(args.get("validate_seconds", 1.0))  # the user's own validation loop
@@ -158,3 +163,57 @@ def gan(desk: Desk) -> None:
                 g_step.step()
             desk.emit("step", critic=digest(critic), generator=digest(generator))
     desk.emit("final", critic=digest(critic), generator=digest(generator), batches=batches)
+
+
+def scheduled(desk: Desk) -> None:
+    """Tally with a learning-rate schedule by epoch, kept in the ledger for who comes back."""
+    args = desk.args
+    model = Tally(args["length"])
+    loader = paramesh.DataLoader(Numbers(args["length"]), batch_size=4, shuffle=True, seed=3)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, step_size=1, gamma=0.5)
+    optimizer = paramesh.DistributedOptimizer(inner, model)
+    paramesh.state(scheduler=schedule)
+    for epoch in paramesh.epochs(args["epochs"]):
+        for batch in loader:
+            optimizer.zero_grad()
+            model(batch).backward()
+            _compute(desk, args, 1)
+            optimizer.step()
+            desk.emit("step", epoch=epoch, lr=optimizer.param_groups[0]["lr"])
+        schedule.step()
+    desk.emit("final", lr=optimizer.param_groups[0]["lr"])
+
+
+def until_it_fails(desk: Desk) -> None:
+    """Step over 64 MiB of parameters, on all servers, until an error ends it; tell which."""
+    model = nn.ParameterList(nn.Parameter(torch.zeros(1 << 20)) for _ in range(16))
+    optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for parameter in model:
+        parameter.grad = torch.ones_like(parameter)
+    _emit_failure(desk, lambda: _step_for_ever(desk, optimizer))
+
+
+def _step_for_ever(desk: Desk, optimizer: Any) -> None:
+    for step in itertools.count():
+        optimizer.step()
+        desk.emit("step", step=step)
+
+
+def _emit_failure(desk: Desk, action: Callable[[], object]) -> None:
+    try:
+        action()
+    except paramesh.errors.ParameshError as error:
+        desk.emit("failed", reason=error.reason, message=str(error), metadata=error.metadata)
+
+
+def wait_alone(desk: Desk) -> None:
+    """Wait for a second worker that never comes, in one of the ways a script waits."""
+    model = Tally(8)
+    optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    loader = paramesh.DataLoader(Numbers(8), batch_size=4)
+    paramesh.rank()
+    desk.emit("waiting")
+    model.counts.grad = torch.ones_like(model.counts)
+    ways = {"barrier": paramesh.barrier, "first_step": optimizer.step, "loader": lambda: next(iter(loader))}
+    _emit_failure(desk, ways[desk.args["what"]])

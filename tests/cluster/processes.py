@@ -173,13 +173,14 @@ class ProcessCluster(ClusterHandle):
         self.wait_until(self._all_registered, START_DEADLINE, f"{self.server_count} servers to register")
 
     def _coordinator_command(self) -> list[str]:
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in self.job_config.items()]
-        return [sys.executable, "-m", "paramesh_coordinator.cli", "--listen", self.coordinator_address,
-                "--store", str(self.directory / "coordinator.sqlite"), *flags]  # fmt: skip
+        settings = {"min_servers": self.server_count, **self.job_config}
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+        return [sys.executable, "-m", "paramesh_coordinator.cli", "--bind", self.coordinator_address,
+                "--state", str(self.directory / "coordinator.sqlite"), *flags]  # fmt: skip
 
     def _server_command(self, index: int) -> list[str]:
         return [sys.executable, "-m", "paramesh_server.cli", "--coordinator", self.coordinator_address,
-                "--name", f"server-{index}", "--listen", "127.0.0.1:0"]  # fmt: skip
+                "--name", f"server-{index}", "--bind", "127.0.0.1:0"]  # fmt: skip
 
     def _launch(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
         process = Process(name, list(command), env or self.env, self.directory / f"{name}.log")

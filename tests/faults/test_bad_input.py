@@ -1,0 +1,182 @@
+"""Every wrong request is refused by name and changes nothing (invariant 27)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from paramesh import framing, testing
+from paramesh.channel import grpc
+from paramesh.errors import REASONS, ParameshError
+from paramesh.v1 import parameter_server_pb2 as ps
+
+from tests.faults.bad_input_rows import CONTROL_ROWS, DATA_ROWS, LEDGER_ROWS, Row
+from tests.faults.bench import GRADIENT, Bench
+
+
+@pytest.fixture(scope="module")
+def cluster_of_one() -> Iterator[testing.Cluster]:
+    with testing.Cluster(servers=1, client_timeout=600.0, gather=0.0) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared_bench(cluster_of_one) -> Bench:
+    return Bench(cluster_of_one)
+
+
+@pytest.fixture
+def bench(shared_bench) -> Bench:
+    """The shared server with a client that has sent nothing yet."""
+    shared_bench.new_client()
+    return shared_bench
+
+
+def rows(table: list[Row]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", table, ids=[row.id for row in table])
+
+
+class TestRefusals:
+    @rows(DATA_ROWS)
+    def test_data_plane(self, bench, row):
+        self.check(bench, row)
+
+    @rows(CONTROL_ROWS)
+    def test_registration_and_schemas(self, bench, row):
+        self.check(bench, row)
+
+    @rows(LEDGER_ROWS)
+    def test_ledger(self, bench, row):
+        self.check(bench, row)
+
+    def check(self, bench: Bench, row: Row) -> None:
+        """The reason is right, nothing changed, and the server still serves a right request."""
+        state, values = bench.state(), bench.values()
+        with pytest.raises(ParameshError) as refused:
+            row.send(bench)
+        assert refused.value.reason == row.reason, str(refused.value)
+        assert refused.value.code == REASONS[row.reason].code
+        assert bench.values() == values
+        if not row.noop:
+            assert bench.state() == state
+        bench.new_client()
+        assert bench.push(sequenced=ps.SequenceKey(seq=1)).lsn > 0
+
+
+class TestSequences:
+    """Row 39: replay, reuse, too old, too far, each after rightly applied pushes."""
+
+    def push(self, bench: Bench, seq: int, payload: bytes = GRADIENT) -> ps.PartitionOutcome:
+        return bench.push(payload, sequenced=ps.SequenceKey(seq=seq))
+
+    def refused(self, bench: Bench, reason: str, seq: int, payload: bytes = GRADIENT) -> None:
+        state = bench.state()
+        with pytest.raises(ParameshError) as refused:
+            self.push(bench, seq, payload)
+        assert refused.value.reason == reason
+        assert bench.state() == state
+
+    def test_a_replay_is_answered_as_the_first(self, bench):
+        first = self.push(bench, 1)
+        state = bench.state()
+        again = self.push(bench, 1)
+        assert (again.lsn, again.duplicate) == (first.lsn, True)
+        assert bench.state() == state
+
+    def test_other_bytes_under_a_used_seq(self, bench):
+        self.push(bench, 1)
+        self.refused(bench, "SEQ_REUSED", 1, GRADIENT[:80] + b"\x00\x00\x00\x40")
+
+    def test_older_than_the_window(self, bench):
+        for seq in range(1, 8):
+            self.push(bench, seq)
+        self.refused(bench, "SEQ_TOO_OLD", 1)
+
+    def test_further_ahead_than_the_window(self, bench):
+        self.push(bench, 1)
+        self.refused(bench, "SEQ_TOO_FAR", 7)
+
+    def test_a_refused_payload_lets_its_successor_pass(self, bench):
+        values = bench.values()
+        with pytest.raises(ParameshError):
+            self.push(bench, 1, GRADIENT[:64])
+        assert bench.values() == values
+        assert self.push(bench, 2).lsn > 0
+
+    def test_a_fenced_client(self, bench):
+        self.push(bench, 1)
+        bench.fence(bench.client.client_id)
+        self.refused(bench, "CLIENT_FENCED", 2)
+        self.refused(bench, "CLIENT_FENCED", 1)
+
+
+class TestBytes:
+    """Rows 19, 20, 27, 28, 29, 66, 68, 69: below the level of messages."""
+
+    PUSH = "/paramesh.v1.ParameterServer/Push"
+    PULL = "/paramesh.v1.ParameterServer/Pull"
+
+    @pytest.fixture(autouse=True)
+    def nothing_changes(self, bench):
+        state = bench.state()
+        yield
+        assert bench.state() == state
+
+    def test_garbage_instead_of_a_message(self, bench):
+        for body in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", b"\x7a\x80"):
+            assert bench.call_bytes(self.PUSH, body, "stream_unary") == grpc.StatusCode.INTERNAL
+            assert bench.call_bytes(self.PULL, body, "unary_stream") == grpc.StatusCode.INTERNAL
+
+    def test_an_unknown_method_and_service(self, bench):
+        for path in ("/paramesh.v1.ParameterServer/Nope", "/nope.v1.Nope/Push"):
+            assert bench.call_bytes(path, b"") == grpc.StatusCode.UNIMPLEMENTED
+
+    def test_a_message_above_the_limit(self, bench):
+        body = bytes(framing.MAX_MESSAGE_BYTES + 1)
+        options = [("grpc.max_send_message_length", -1)]
+        with grpc.insecure_channel(bench.server, options=options) as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.stream_unary(self.PUSH)(iter([body]), timeout=10)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def test_metadata_above_the_limit(self, bench):
+        code = bench.call_bytes(self.PULL, b"", "unary_stream", metadata=(("x", "y" * 20_000),))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def test_an_empty_stream(self, bench):
+        assert bench.call_bytes(self.PUSH, b"", "stream_unary") != grpc.StatusCode.UNKNOWN
+
+    def test_an_expired_deadline(self, bench):
+        request = ps.PullRequest(request=bench.client.header()).SerializeToString()
+        with grpc.insecure_channel(bench.server) as channel, pytest.raises(grpc.RpcError) as refused:
+            list(channel.unary_stream(self.PULL)(request, timeout=-1))
+        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def test_other_protocols_on_the_port(self, bench):
+        import socket
+
+        host, _, port = bench.server.rpartition(":")
+        for hello in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 16, b"\x16\x03\x01\x02\x00\x01"):
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                connection.settimeout(5)
+                connection.sendall(hello)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+
+    def test_unknown_fields_of_a_newer_client_are_ignored(self, bench):
+        header = ps.PullRequest(request=bench.client.header(), partitions=[
+            ps.PartitionPull(partition=bench.partition, epoch=1)]).SerializeToString()  # fmt: skip
+        assert bench.call_bytes(self.PULL, header + b"\xf2\x3f\x03abc", "unary_stream") == grpc.StatusCode.OK
+
+
+def test_subnormals_and_negative_zeros_are_gradients_too(bench):
+    """Row 12."""
+    gradient = bytearray(GRADIENT)
+    gradient[:8] = b"\x01\x00\x00\x00\x00\x00\x00\x80"
+    assert bench.push(bytes(gradient)).lsn > 0
+
+
+def test_the_same_table_again_is_the_same_table(bench):
+    """Row 46, and 42 for servers: what is repeated is answered as the first."""
+    first = bench.create_table(name="again").table_id
+    assert bench.create_table(name="again").table_id == first

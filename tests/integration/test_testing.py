@@ -1,0 +1,96 @@
+"""`paramesh.testing.Cluster`, as its users meet it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import paramesh
+from paramesh import testing
+from paramesh.errors import ConfigError, ParameshError, PartitionOffline
+
+
+def one_step(rank: int) -> float:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    model.weight.grad = torch.full((1, 1), -1.0 * (rank + 1))
+    optimizer.step()
+    return float(model.weight.detach())
+
+
+def test_results_come_in_rank_order():
+    with testing.Cluster(servers=2, workers=3) as cluster:
+        assert cluster.run(lambda rank: (rank, paramesh.rank(), paramesh.world_size())) == [
+            (0, 0, 3), (1, 1, 3), (2, 2, 3),
+        ]  # fmt: skip
+        assert cluster.run(one_step) == [2.0, 2.0, 2.0]
+
+
+def test_the_first_exception_comes_out_with_its_worker_named():
+    """The others wait in a step that can never complete; they are ended, and quickly."""
+
+    def train(rank: int) -> float:
+        if rank == 1:
+            raise ZeroDivisionError("mine")
+        return one_step(rank)
+
+    with testing.Cluster(workers=3) as cluster:
+        with pytest.raises(ZeroDivisionError, match="mine") as failed:
+            cluster.run(train, deadline=20)
+        assert failed.value.__notes__ == ["in worker 1 of paramesh.testing.Cluster"]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("paramesh-testing")]
+
+
+def test_a_hang_says_where_each_worker_stands():
+    release = threading.Event()
+
+    def train(rank: int) -> None:
+        if rank == 0:
+            release.wait(30)
+
+    with testing.Cluster(workers=2) as cluster:
+        with pytest.raises(ParameshError, match=r"(?s)paramesh-testing-0 is at:.*release\.wait") as failed:
+            cluster.run(train, deadline=1.0)
+        assert failed.value.reason == "DEADLINE"
+        release.set()
+
+
+def test_a_cluster_can_be_used_again_and_several_at_once():
+    with testing.Cluster(workers=2) as one, testing.Cluster(workers=1, job="second") as two:
+        assert one.run(one_step) == [1.5, 1.5]
+        assert two.run(one_step) == [1.0]
+        assert one.address != two.address
+
+
+def test_killing_a_server_is_noticed():
+    def train(rank: int) -> None:
+        for _ in range(10_000):
+            one_step(rank)
+
+    with testing.Cluster(servers=1, workers=1, failure_timeout=0.4, heartbeat_interval=0.1) as cluster:
+        timer = threading.Timer(0.5, cluster.kill_server, [0])
+        timer.start()
+        with pytest.raises(PartitionOffline, match="server-0"):
+            cluster.run(train, deadline=20)
+
+
+def test_restarting_the_coordinator_keeps_the_job():
+    with testing.Cluster(servers=1, workers=2) as cluster:
+        before = cluster.run(one_step)
+        cluster.restart_coordinator()
+        with cluster.client() as client:
+            assert client.tables()
+        assert before == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"servers": 0}, "servers"), ({"workers": 0}, "workers"), ({"no_such_setting": 1}, "no_such_setting"),
+     ({"failure_timeout": 0.01}, "heartbeat_interval")],
+)  # fmt: skip
+def test_wrong_settings_are_named(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        testing.Cluster(**arguments).start()
