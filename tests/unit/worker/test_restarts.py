@@ -1,0 +1,70 @@
+"""The restart policy: a table of ends and what they come to."""
+
+from __future__ import annotations
+
+import pytest
+from paramesh_worker.restarts import Decision, Ended, RestartLimits, SlotHistory, decide, describe_exit
+
+LIMITS = RestartLimits(max_restarts=3, healthy_s=300.0, first_delay_s=0.5, longest_delay_s=10.0)
+
+
+def judge(exit_code: int, *, used: int = 0, ran_s: float = 1.0, stopping: bool = False, limits=LIMITS):
+    return decide(SlotHistory(used=used, total=used), Ended(exit_code, ran_s), limits, stopping=stopping)
+
+
+def test_exit_code_zero_is_done_also_while_stopping():
+    assert judge(0).decision is Decision.DONE
+    assert judge(0, stopping=True).decision is Decision.DONE
+
+
+@pytest.mark.parametrize("exit_code", [1, 2, 127, -9, -11])
+def test_an_abnormal_end_is_restarted(exit_code: int):
+    verdict = judge(exit_code)
+    assert verdict.decision is Decision.RESTART
+    assert verdict.history == SlotHistory(used=1, total=1)
+
+
+@pytest.mark.parametrize("exit_code", [1, -15, -2])
+def test_an_end_that_was_asked_for_is_not_restarted(exit_code: int):
+    assert judge(exit_code, stopping=True).decision is Decision.STOPPED
+
+
+def test_restarts_run_out():
+    history = SlotHistory()
+    for used in range(1, 4):
+        verdict = decide(history, Ended(1, 1.0), LIMITS, stopping=False)
+        assert (verdict.decision, verdict.history.used) == (Decision.RESTART, used)
+        history = verdict.history
+    verdict = decide(history, Ended(1, 1.0), LIMITS, stopping=False)
+    assert verdict.decision is Decision.GIVE_UP
+    assert verdict.reason == "exited with code 1; all 3 restarts are used"
+
+
+def test_zero_restarts_gives_up_at_once():
+    verdict = judge(-9, limits=RestartLimits(max_restarts=0))
+    assert verdict.decision is Decision.GIVE_UP
+    assert verdict.reason == "killed by SIGKILL; restarts are off"
+
+
+def test_five_minutes_of_health_give_all_restarts_back_but_keep_the_total():
+    assert judge(1, used=3, ran_s=299.9).decision is Decision.GIVE_UP
+    verdict = decide(SlotHistory(used=3, total=7), Ended(1, 300.0), LIMITS, stopping=False)
+    assert verdict.decision is Decision.RESTART
+    assert verdict.history == SlotHistory(used=1, total=8)
+    assert verdict.delay_s == 0.0
+
+
+def test_the_first_restart_is_immediate_then_the_delay_doubles_up_to_its_bound():
+    many = RestartLimits(max_restarts=8)
+    delays = [judge(1, used=used, limits=many).delay_s for used in range(8)]
+    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+
+
+def test_a_huge_count_does_not_overflow_the_delay():
+    assert judge(1, used=5000, limits=RestartLimits(max_restarts=10_000)).delay_s == 10.0
+
+
+def test_exits_in_words():
+    assert describe_exit(3) == "exited with code 3"
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(-200) == "killed by signal 200"
