@@ -21,9 +21,6 @@ __all__ = ["beat"]
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 0.5
-"""Seconds between beats: twenty in the 10 s that an unsupervised client is given."""
-
 SILENCE = 5.0
 """Seconds without an answer after which the stream is opened anew, half the timeout."""
 
@@ -65,5 +62,5 @@ async def _beat_to(address: str, client: AsyncClient) -> bool:
                 return False
             if answer.unknown:
                 return True
-            await asyncio.sleep(INTERVAL)
+            await asyncio.sleep(client.heartbeat_interval)
             nonce.put_nowait(answer.nonce)

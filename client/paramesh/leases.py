@@ -119,6 +119,8 @@ class LeasedEpoch:
         """Delivered by an evaluation: no step will name them."""
         self._asked: concurrent.futures.Future[lg.LeaseResponse] | None = None
         """A request for leases under way, made ahead of need."""
+        self._calls = 0
+        """Lease calls so far: the ledger repeats the answer to a number that it knows."""
         self._dry = False
         """Whether the ledger had nothing to give at once; until the next `refill`."""
         self._interval = 0.0
@@ -129,6 +131,7 @@ class LeasedEpoch:
 
     def _request(self, want: int, *, wait: bool) -> lg.LeaseRequest:
         terms = self._terms
+        self._calls += 1
         done: list[SampleRange] = []
         if wait:  # only then may they hold the epoch open; sent with each call they would add up
             pending = self._session.deliveries.pending(terms.dataset, terms.epoch)
@@ -143,6 +146,7 @@ class LeasedEpoch:
             delivered=done,
             seed=terms.seed,
             wait=wait,
+            call=self._calls,
         )
 
     def _want(self) -> int:
@@ -158,13 +162,16 @@ class LeasedEpoch:
         """Wait for leases, holding none; False when the epoch is finished."""
         self._settle()
         session = self._session
+        if self._training:
+            session.end_pause()  # shares are dealt to those who are not idle
         with phase("lease"):
             while True:
                 response = session.request(
                     lambda: session.client.ledger.lease(self._request(self._want(), wait=True)),
                     f"data of epoch {self._terms.epoch}",
                 )
-                session.forget_activity()
+                if response.between:
+                    session.forget_activity()
                 if response.leases or response.finished:
                     break
                 time.sleep(0.02)  # an answer without either is a long poll that ended early
@@ -204,6 +211,8 @@ class LeasedEpoch:
             self._session.rejoin()
             self._drop()
             return
+        if response.between:
+            self._session.forget_activity()
         self._leased.extend(response.leases)
         self._dry = not response.leases
 

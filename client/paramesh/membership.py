@@ -22,6 +22,9 @@ from paramesh.config import ClientConfig
 from paramesh.deliveries import Deliveries
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
 from paramesh.positions import Positions
+from paramesh.registry import Registry
+from paramesh.reporter import Reporter
+from paramesh.roster import Roster
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1.types_pb2 import JobConfig, StepRecord
 from paramesh.waiting import describe, wait
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from paramesh.client import AsyncClient
     from paramesh.io import IoThread
+    from paramesh.small_state import SmallState
 
 __all__ = ["Participant", "Session"]
 
@@ -85,16 +89,19 @@ class Session:
         self._io = io
         self._participants: list[weakref.ref[Any]] = []
         """Registered objects, oldest first; dead ones are dropped when seen."""
-        self._step_hooks: list[Callable[[object, int, StepRecord | None], None]] = []
         self._background: list[concurrent.futures.Future[Any]] = []
         """Tasks of this membership on the loop (the heart); cancelled when it ends."""
-        self._gather_rounds: dict[str, int] = {}
+        self.rounds: dict[str, int] = {}
         """Next round of each named barrier or mean."""
         self._optimizers_made = 0
         """Optimizers without a name so far; only rises, so that the k-th is the same on every worker."""
         self.data = Positions(self)
+        self.roster = Roster(self)
+        self.reporter = Reporter(self)
+        self.registry = Registry()
         self._open: set[object] = set()
         """Training loops being iterated; while there is one, this worker is not between."""
+        self._small_state: SmallState | None = None
         self._adopt(joined)
 
     def _adopt(self, joined: lg.JoinResponse) -> None:
@@ -160,9 +167,9 @@ class Session:
         )
         self.submit(old.close())
         self.deliveries.clear()
-        self._gather_rounds.clear()
         self._adopt(joined)
         self._start_heart()
+        self.small_state.on_rejoined()
         for participant in self.participants():
             _tell(participant, "on_rejoined")
 
@@ -269,6 +276,7 @@ class Session:
             try:
                 for participant in self.participants():
                     _tell(participant, "on_active", self.positions)
+                self.small_state.on_active(self.positions)
             except BaseException:
                 self._activity = lg.ACTIVITY_UNSPECIFIED  # tell the ledger again next time
                 raise
@@ -283,6 +291,11 @@ class Session:
         """Say that no step is to wait for this worker until it is active again."""
         if self._activity != lg.ACTIVITY_IDLE:
             self._set_activity(lg.ACTIVITY_IDLE)
+
+    def end_pause(self) -> None:
+        """If this worker is idle, be between: it asks for data again."""
+        if self._activity == lg.ACTIVITY_IDLE:
+            self._set_activity(lg.ACTIVITY_BETWEEN)
 
     def forget_activity(self) -> None:
         """Note that the ledger may have made this worker BETWEEN (it waited in a lease)."""
@@ -321,6 +334,8 @@ class Session:
     def register(self, participant: object) -> None:
         """Tell an object about this membership from now on; held weakly."""
         self._participants.append(weakref.ref(participant))
+        if hasattr(participant, "param_groups"):
+            self.registry.remember(participant)
 
     def participants(self) -> list[Any]:
         """The registered objects that still live, oldest first."""
@@ -330,26 +345,21 @@ class Session:
 
     @property
     def optimizers(self) -> list[Any]:
-        """Registered participants that hold parameters (`DistributedOptimizer`s), oldest first."""
-        return [p for p in self.participants() if hasattr(p, "param_groups")]
+        """The `DistributedOptimizer`s that still live, oldest first."""
+        return self.registry.optimizers
 
-    def on_step(self, hook: Callable[[object, int, StepRecord | None], None]) -> None:
-        """Call `hook(group, step, record)` after every committed step of this worker."""
-        self._step_hooks.append(hook)
-
-    def after_step(self, group: object, step: int, record: StepRecord | None = None) -> None:
+    def after_step(self, group: int, step: int, record: StepRecord | None = None) -> None:
         """Called by the optimizer at the end of `step()`, with all parameters in place.
 
         Args:
-            group: the table group's number or name.
+            group: the table group's number at the ledger.
             step: the step (sync, local) or clock (async, ssp) that it finished, from 0.
             record: the ledger's decision; None in async and ssp.
         """
         self.steps += 1
         if record is not None and record.contributors:
             self.world_size = max(1, len(record.contributors))
-        for hook in self._step_hooks:
-            hook(group, step, record)
+        self.small_state.after_step(group, step, record)
 
     def next_optimizer_name(self) -> str:
         """The name of the next optimizer that was given none: by order of construction."""
@@ -358,9 +368,23 @@ class Session:
 
     def next_round(self, name: str) -> int:
         """The next round of a named barrier or mean, from 0."""
-        number = self._gather_rounds.get(name, 0)
-        self._gather_rounds[name] = number + 1
+        number = self.rounds.get(name, 0)
+        self.rounds[name] = number + 1
         return number
+
+    def skip_rounds(self, rounds: Mapping[str, int]) -> None:
+        """Go on where the others are in barriers and means; never back."""
+        for name, number in rounds.items():
+            self.rounds[name] = max(number, self.rounds.get(name, 0))
+
+    @property
+    def small_state(self) -> SmallState:
+        """The keeper of schedulers and the like; imports torch."""
+        if self._small_state is None:
+            from paramesh.small_state import SmallState
+
+            self._small_state = SmallState(self)
+        return self._small_state
 
 
 async def _connect_and_join(
@@ -370,13 +394,14 @@ async def _connect_and_join(
         config.coordinators,
         job=config.job,
         slot=config.place,
-        host=config.host or None,
+        host=config.host,
         host_incarnation=config.host_incarnation,
         role="worker",
+        timeout=config.join_timeout,
     )
     try:
         request = lg.JoinRequest(slot=config.place, preferred_rank=rank or 0, has_preferred_rank=rank is not None)
-        return client, await client.ledger.join(request)
+        return client, await client.ledger.join(request, timeout=config.join_timeout)
     except BaseException:
         await client.close()
         raise

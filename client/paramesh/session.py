@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from paramesh.config import ClientConfig
 from paramesh.errors import refuse
+from paramesh.registry import Registry
 
 if TYPE_CHECKING:
     from paramesh.membership import Session
 
-__all__ = ["Session", "current", "init", "shutdown", "using"]
+__all__ = ["Session", "current", "init", "registry", "shutdown", "using"]
 
 
 def __getattr__(name: str) -> Any:
@@ -46,6 +47,8 @@ class _Process:
         self._crashed = False
         """Whether an exception nobody caught is ending the interpreter; set by excepthook."""
         self._guarded = False
+        self.alone = Registry()
+        """What the script made while no cluster is named."""
 
     def current(self) -> Session | None:
         if self._looked:
@@ -100,9 +103,7 @@ def _refuse_in_data_workers() -> None:
     """A spawned DataLoader worker inherits the environment; it must not join by it."""
     data = sys.modules.get("torch.utils.data")
     if data is not None and data.get_worker_info() is not None:
-        raise refuse(
-            "FORKED", "a DataLoader worker cannot use the cluster: call Paramesh in the training process only"
-        )
+        raise refuse("FORKED", "a DataLoader worker cannot use the cluster: call Paramesh in the training process only")
 
 
 def current() -> Session | None:
@@ -112,6 +113,12 @@ def current() -> Session | None:
     """
     override = _override.get()
     return _process.current() if override is _UNSET else override
+
+
+def registry() -> Registry:
+    """What the script has made: the current session's registry, or the process's when alone."""
+    session = current()
+    return _process.alone if session is None else session.registry
 
 
 @contextlib.contextmanager
