@@ -1,0 +1,250 @@
+"""Heartbeats: as a task on the server's loop, or as a helper process beside it.
+
+    python -m paramesh_server.beat --parent PID ...        # started by the server itself
+
+The helper needs nothing of the server's interpreter, so a long sum or a held GIL is no
+silence. It beats for exactly as long as the server could answer: it follows the server by a
+pidfd, stops beating while the server is stopped (SIGSTOP), and reports its death at once.
+It imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from paramesh.channel import aio_channel, grpc, header
+from paramesh.retry import Backoff
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1.coordinator_pb2_grpc import MembershipStub
+
+__all__ = ["Figures", "Identity", "beat"]
+
+log = logging.getLogger(__name__)
+
+FIGURES = struct.Struct("<6Q")
+"""Layout of the shared page: the fields of `Figures` in order."""
+
+REPORT_S = 5.0
+"""How long a death is reported for; after that silence has told it."""
+
+UNKNOWN_EXIT = 255
+"""Reported when the kernel no longer knows how the server ended."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who beats, and to whom."""
+
+    coordinators: str
+    job: str
+    generation: int
+    name: str
+    incarnation: int
+    interval: float
+    """Seconds between beats."""
+    timeout: float
+    """Seconds without an answer after which another stream is opened."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a beat carries, for people and the balancer."""
+
+    applied_lsn: int = 0
+    queue_depth: int = 0
+    value_bytes: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    rss_bytes: int = 0
+
+    def pack(self) -> bytes:
+        """As the shared page holds it."""
+        return FIGURES.pack(
+            self.applied_lsn, self.queue_depth, self.value_bytes, self.bytes_in, self.bytes_out, self.rss_bytes
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Figures:
+        """The inverse of `pack`."""
+        return cls(*FIGURES.unpack(data))
+
+
+async def beat(
+    identity: Identity,
+    figures: Callable[[], Figures],
+    on_unknown: Callable[[], None],
+    may_beat: Callable[[], bool] = lambda: True,
+) -> None:
+    """Beat until cancelled, over the coordinators in turn.
+
+    Args:
+        identity: who beats.
+        figures: what the next beat carries.
+        on_unknown: called when the coordinator does not know this server (any more).
+        may_beat: asked before each beat; while false there is silence.
+    """
+    addresses = [address.strip() for address in identity.coordinators.split(",")]
+    backoff, turn = Backoff(cap=1.0), 0
+    while True:
+        address = addresses[turn % len(addresses)]
+        try:
+            async with aio_channel(address, heartbeat=True) as channel:
+                stream = _Stream(identity, figures, may_beat)
+                if await stream.run(channel):
+                    on_unknown()
+        except (grpc.RpcError, TimeoutError) as error:
+            log.debug("heartbeat=broken coordinator=%s: %r", address, error)
+            turn += 1
+        if stream.answered:
+            backoff = Backoff(cap=1.0)
+        await asyncio.sleep(backoff.next())
+
+
+class _Stream:
+    """One stream of beats: each echoes the nonce of the last answer."""
+
+    def __init__(self, identity: Identity, figures: Callable[[], Figures], may_beat: Callable[[], bool]) -> None:
+        self._identity = identity
+        self._figures = figures
+        self._may_beat = may_beat
+        self._nonce = 0
+        self.answered = False
+
+    async def run(self, channel: grpc.aio.Channel) -> bool:
+        """Beat until the stream breaks; true if the coordinator does not know us."""
+        call = MembershipStub(channel).Heartbeat(self._beats())
+        try:
+            while True:
+                # Silence of our own while stopped is no silence of the coordinator's.
+                answer = await asyncio.wait_for(call.read(), self._identity.timeout if self._may_beat() else None)
+                if answer is grpc.aio.EOF:
+                    return False
+                self._nonce, self.answered = answer.nonce, True
+                if answer.unknown:
+                    return True
+        finally:
+            call.cancel()
+
+    async def _beats(self) -> AsyncIterator[co.HeartbeatRequest]:
+        who = self._identity
+        while True:
+            if self._may_beat():
+                now = self._figures()
+                yield co.HeartbeatRequest(
+                    request=header(who.job, who.generation),
+                    kind=co.NODE_KIND_SERVER,
+                    name=who.name,
+                    incarnation=who.incarnation,
+                    echo=self._nonce,
+                    applied_lsn=now.applied_lsn,
+                    queue_depth=now.queue_depth,
+                    value_bytes=now.value_bytes,
+                    bytes_in=now.bytes_in,
+                    bytes_out=now.bytes_out,
+                    rss_bytes=now.rss_bytes,
+                )
+            await asyncio.sleep(who.interval)
+
+
+def process_state(pid: int) -> tuple[str, int | None]:
+    """State letter of a process and, once it has ended, its exit code as Python's returncode.
+
+    Returns:
+        `("X", None)` if the kernel knows the process no more.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "X", None
+    fields = text.rpartition(")")[2].split()
+    if fields[0] != "Z":
+        return fields[0], None
+    status = int(fields[-1])
+    signal = status & 0x7F
+    return "Z", -signal if signal else status >> 8
+
+
+async def _report(identity: Identity, exit_code: int) -> None:
+    """Tell the coordinator that the server ended; it need not wait for silence then."""
+    request = co.ReportExitRequest(
+        request=header(identity.job, identity.generation),
+        kind=co.NODE_KIND_SERVER,
+        name=identity.name,
+        incarnation=identity.incarnation,
+        exit_code=exit_code,
+    )
+    backoff = Backoff(cap=0.5)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REPORT_S):
+            while True:
+                for address in identity.coordinators.split(","):
+                    with contextlib.suppress(grpc.RpcError):
+                        async with aio_channel(address.strip(), heartbeat=True) as channel:
+                            await MembershipStub(channel).ReportExit(request, timeout=1.0)
+                            return
+                await asyncio.sleep(backoff.next())
+
+
+async def _follow(identity: Identity, parent: int, figures_fd: int) -> None:
+    """Beat for a parent process until it ends or says goodbye."""
+    loop = asyncio.get_running_loop()
+    gone, bye = asyncio.Event(), asyncio.Event()
+    parent_fd = os.pidfd_open(parent)
+    loop.add_reader(parent_fd, gone.set)
+    # The parent closes our stdin after "bye" when it stops in order.
+    loop.add_reader(0, lambda: bye.set() if os.read(0, 16) == b"bye" else loop.remove_reader(0))
+    beating = asyncio.ensure_future(
+        beat(
+            identity,
+            lambda: Figures.unpack(os.pread(figures_fd, FIGURES.size, 0)),
+            lambda: _say(b"unknown\n"),
+            lambda: not gone.is_set() and process_state(parent)[0] not in ("T", "t"),
+        )
+    )
+    waits = [asyncio.ensure_future(gone.wait()), asyncio.ensure_future(bye.wait())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    loop.remove_reader(parent_fd)
+    beating.cancel()
+    if gone.is_set() and not bye.is_set():
+        code = process_state(parent)[1]
+        await _report(identity, UNKNOWN_EXIT if code is None else code)
+    for wait in waits:
+        wait.cancel()
+
+
+def _say(line: bytes) -> None:
+    with contextlib.suppress(OSError):
+        os.write(1, line)
+
+
+def main() -> None:
+    """The helper's entry point."""
+    parser = argparse.ArgumentParser(prog="paramesh_server.beat", description=__doc__)
+    for flag in ("coordinators", "job", "name"):
+        parser.add_argument(f"--{flag}", required=True)
+    for flag in ("generation", "incarnation", "parent", "figures-fd"):
+        parser.add_argument(f"--{flag}", type=int, required=True)
+    for flag in ("interval", "timeout"):
+        parser.add_argument(f"--{flag}", type=float, required=True)
+    flags = parser.parse_args()
+    identity = Identity(
+        flags.coordinators, flags.job, flags.generation, flags.name, flags.incarnation, flags.interval, flags.timeout
+    )
+    try:
+        asyncio.run(_follow(identity, flags.parent, flags.figures_fd))
+    except ProcessLookupError:  # the parent was gone before we could look
+        asyncio.run(_report(identity, UNKNOWN_EXIT))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

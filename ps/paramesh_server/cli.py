@@ -1,0 +1,166 @@
+"""`ps-server`: a parameter server as a process. Its flags are the fields of `ServerConfig`."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import dataclasses
+import inspect
+import itertools
+import logging
+import signal
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from paramesh.errors import ConfigError, ParameshError
+from paramesh.memory import keep_big_buffers
+
+from paramesh_server import config as config_module
+from paramesh_server.config import ServerConfig
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+HIDDEN = frozenset({"name_patience", "heartbeat"})
+"""Fields that are for tests, or for nobody without a reason."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def field_docs() -> dict[str, str]:
+    """The docstring under each field of `ServerConfig`, which is its help text."""
+    body = ast.parse(inspect.getsource(config_module)).body
+    fields = next(n for n in body if isinstance(n, ast.ClassDef) and n.name == "ServerConfig").body
+    docs = {}
+    for field, text in itertools.pairwise(fields):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(text.value.value).split())
+    return docs
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """One keyword per field, with its default and help, as typer wants them."""
+    docs = field_docs()
+    types = {"str": str, "int": int, "float": float, "bool": bool}
+    parameters = []
+    for field in dataclasses.fields(ServerConfig):
+        flag = "--" + field.name.replace("_", "-")
+        option = typer.Option(flag, help=docs[field.name], hidden=field.name in HIDDEN, show_default=_shown(field))
+        default: Any = field.default
+        if default is dataclasses.MISSING:
+            # The one field without a default is required; the config says so in its words.
+            factory: Any = field.default_factory
+            default = "" if factory is dataclasses.MISSING else factory()
+        annotation: Any = Annotated[types[str(field.type)], option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    level = Annotated[LogLevel, typer.Option(help="How much to log, on stderr.")]
+    parameters.append(
+        inspect.Parameter("log_level", inspect.Parameter.KEYWORD_ONLY, default=LogLevel.INFO, annotation=level)
+    )
+    return parameters
+
+
+def _shown(field: dataclasses.Field[Any]) -> bool:
+    """Computed defaults are explained in the help; a number of one machine teaches nothing."""
+    return field.default is not dataclasses.MISSING and field.default not in ("", 0, False)
+
+
+def run(*, log_level: LogLevel, **settings: Any) -> None:
+    """Hold partitions of the model: sum the workers' gradients, run the optimizer, serve values.
+
+    Start the coordinator first, then as many servers as there is memory or bandwidth to
+    share (one process moves about 3 GB/s), then workers:
+
+        ps-coordinator --state run.sqlite
+
+        ps-server --coordinator 127.0.0.1:7070
+
+        ps-worker --coordinator 127.0.0.1:7070 train.py
+
+    A server waits for its coordinator and outlives it. SIGTERM or Ctrl-C stops it cleanly.
+    Exit status 2 means that a flag is wrong and names it; 1 that the coordinator refused this
+    server.
+    """
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        config = ServerConfig(**settings)
+        code = asyncio.run(_run(config))
+    except ConfigError as error:
+        key = error.metadata["key"]
+        flag = f"--{key.replace('_', '-')}"
+        typer.echo(f"ps-server: {str(error).replace(f'{key}:', f'{flag}:', 1)}", err=True)
+        code = 2
+    except ParameshError as error:
+        typer.echo(f"ps-server: {error.reason}: {error}", err=True)
+        code = 1
+    raise typer.Exit(code)
+
+
+run.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+app.command()(run)
+
+
+async def _run(config: ServerConfig) -> int:
+    import torch
+
+    from paramesh_server.server import ParameterServer
+
+    # Partitions are computed side by side by our own threads; torch's would only contend.
+    torch.set_num_threads(1)
+    keep_big_buffers()
+    if config.insecure:
+        log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = ParameterServer(config)
+    stopping = asyncio.ensure_future(stop.wait())
+    working = asyncio.ensure_future(_work(server))
+    await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        working.result()  # raises why
+    working.cancel()
+    await asyncio.wait((working,))
+    log.info("stopped name=%s", config.name)
+    return 0
+
+
+async def _work(server: Any) -> None:
+    """Serve until cancelled, or until the coordinator does not want this process."""
+    await server.start()
+    try:
+        await server.wait()
+    finally:
+        await server.stop()
+
+
+def main() -> None:
+    """Entry point of `ps-server`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

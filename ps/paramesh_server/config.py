@@ -1,0 +1,163 @@
+"""What a server can be told, checked once.
+
+config = ServerConfig(coordinator="127.0.0.1:7070")                       # in-process
+config = ServerConfig(coordinator="10.0.0.1:7070", bind="10.0.0.2:7080", insecure=True)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass, field
+
+from paramesh.errors import ConfigError
+from paramesh.routing import NAME
+
+from paramesh_server.process import memory_bytes
+
+__all__ = ["ServerConfig", "parse_address"]
+
+HEARTBEATS = ("process", "loop", "none")
+
+
+def _default_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _half_of_memory() -> int:
+    return memory_bytes() // 2
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that a server is started with. Times are in seconds, sizes in bytes.
+
+    Raises:
+        ConfigError: a value is impossible; `metadata["key"]` and the message name the key.
+    """
+
+    coordinator: str
+    """Where the coordinator is: host:port, or several with commas between them."""
+
+    job: str = "default"
+    """The cluster's name; requests that name another are refused with WRONG_CLUSTER."""
+
+    name: str = field(default_factory=_default_name)
+    """This server's name, unique among live servers. Default: host and process id."""
+
+    bind: str = "127.0.0.1:0"
+    """host:port of the data plane. Port 0 picks a free one, which is logged when serving."""
+
+    control_bind: str = ""
+    """host:port of the control port. Empty: a free port on the host of --bind."""
+
+    advertise: str = ""
+    """Host that others dial, if it is not the one of --bind (behind NAT, or 0.0.0.0)."""
+
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads that sum, step and encode. More than cores only adds switching."""
+
+    staged_bytes: int = field(default_factory=_half_of_memory)
+    """Bound on contributions that wait for their step: workers times their gradients' share
+    here, of two steps. Above it pushes are refused with QUOTA. Default: half of the memory."""
+
+    in_flight_bytes: int = 1 << 30
+    """Bound on requests whose last byte has not come. Above it clients are told to wait."""
+
+    capacity_bytes: int = 0
+    """How many bytes of values the coordinator may place here. 0: no bound."""
+
+    metrics_port: int = 0
+    """Port of the Prometheus page on the host of --bind. 0: none."""
+
+    heartbeat: str = "process"
+    """Who beats: "process", a helper that no busy interpreter holds up; "loop", a task on
+    the event loop, for tests in one process; "none"."""
+
+    replace: bool = False
+    """Take over the name of a live server, which is declared dead."""
+
+    reflection: bool = False
+    """Serve gRPC reflection, for tools such as grpcurl."""
+
+    insecure: bool = False
+    """Allows a bind that other machines can reach, although traffic is not encrypted (TLS
+    comes in a later release)."""
+
+    name_patience: float = 6.0
+    """How long a taken name is asked for again: a server started anew finds its dead
+    predecessor alive until the coordinator has noticed the silence."""
+
+    def __post_init__(self) -> None:
+        if not self.coordinator:
+            raise _wrong("coordinator", "is missing; say where the coordinator is, such as 127.0.0.1:7070")
+        for address in self.coordinator.split(","):
+            parse_address("coordinator", address.strip())
+        for key, bind in (("bind", self.bind), ("control_bind", self.control_bind)):
+            if bind or key == "bind":
+                self._check_bind(key, bind)
+        for key in ("job", "name"):
+            if not NAME.fullmatch(getattr(self, key)):
+                raise _wrong(key, f"{getattr(self, key)[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
+        for key in ("threads", "staged_bytes", "in_flight_bytes"):
+            if getattr(self, key) < 1:
+                raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
+        if self.capacity_bytes < 0:
+            raise _wrong("capacity_bytes", f"is {self.capacity_bytes}, and must not be negative")
+        if not 0 <= self.metrics_port <= 65535:
+            raise _wrong("metrics_port", f"is {self.metrics_port}, and must be within 0 and 65535")
+        if self.heartbeat not in HEARTBEATS:
+            raise _wrong("heartbeat", f"{self.heartbeat!r} is none of {', '.join(HEARTBEATS)}")
+        if not 0 <= self.name_patience <= 3600:
+            raise _wrong("name_patience", f"is {self.name_patience}, and must be within 0 and 3600")
+        if self.advertise and ":" in self.advertise.strip("[]") and not self.advertise.startswith("["):
+            raise _wrong("advertise", f"{self.advertise!r} is a host without a port")
+
+    def _check_bind(self, key: str, bind: str) -> None:
+        host, _ = parse_address(key, bind)
+        if not self.insecure and not _is_loopback(host):
+            raise _wrong(
+                key,
+                f"{bind!r} can be reached from other machines and traffic is not encrypted (TLS comes in a later "
+                "release); bind to 127.0.0.1, or pass --insecure inside a network that you trust",
+            )
+
+    @property
+    def host(self) -> str:
+        """Host of the data plane's bind."""
+        return parse_address("bind", self.bind)[0]
+
+    @property
+    def advertised_host(self) -> str:
+        """Host that others dial."""
+        if self.advertise:
+            return self.advertise
+        return socket.gethostname() if self.host in ("0.0.0.0", "[::]") else self.host
+
+
+def parse_address(key: str, address: str) -> tuple[str, int]:
+    """Split host:port.
+
+    Raises:
+        ConfigError: it is not that, or the port is outside 0..65535; names the key.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise _wrong(key, f"{address!r} is not host:port, such as 127.0.0.1:7070")
+    if int(port) > 65535:
+        raise _wrong(key, f"port {port} is above 65535")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _wrong(key: str, problem: str) -> ConfigError:
+    return ConfigError(f"{key}: {problem}", metadata={"key": key})

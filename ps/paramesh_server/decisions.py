@@ -1,0 +1,77 @@
+"""Reading a step's record: who counts, with what weight, and what happens to the sum. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from paramesh.errors import refuse
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server.aggregate import Part, Reduction
+from paramesh_server.staging import Staging
+
+MAX_WEIGHT = 1e15
+"""A weight above this is a mistake: it is a number of samples or tokens of one step."""
+
+
+def check_record(record: pb.StepRecord) -> None:
+    """Refuse a record that no ledger would decide; sums would silently be wrong.
+
+    Raises:
+        RequestRefused: MISSING_FIELD, WEIGHT.
+    """
+    if record.loss_reduction == pb.LOSS_REDUCTION_UNSPECIFIED and not record.skip:
+        raise refuse("MISSING_FIELD", f"the record of step {record.step} has no loss_reduction", field="loss_reduction")
+    ranks = [contributor.rank for contributor in record.contributors]
+    if ranks != sorted(set(ranks)):
+        raise refuse("MISSING_FIELD", f"contributors of step {record.step} are not in rank order", field="rank")
+    for contributor in record.contributors:
+        if not (math.isfinite(contributor.weight) and 0 < contributor.weight <= MAX_WEIGHT):
+            raise refuse(
+                "WEIGHT", f"weight {contributor.weight} of client {contributor.client_id}", weight=contributor.weight
+            )
+
+
+def reduction_of(record: pb.StepRecord) -> Reduction:
+    """Divisor (over *all* contributors) and clip factor of a step."""
+    clip = record.clip_factor if record.has_clip_factor else None
+    if record.loss_reduction == pb.LOSS_REDUCTION_SUM:
+        return Reduction(None, clip)
+    total = 0.0
+    for contributor in record.contributors:
+        total += contributor.weight
+    return Reduction(total, clip)
+
+
+def attempt_in(contributor: pb.Contributor, partition: int) -> int:
+    """The attempt that counts in one partition."""
+    for override in contributor.overrides:
+        if override.partition == partition:
+            return override.attempt
+    return contributor.attempt
+
+
+def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Part]:
+    """The contributions that a record names, in rank order, with their weights.
+
+    Raises:
+        Retryable: NOT_STAGED; metadata `clients` lists whose are missing.
+    """
+    weighted = record.loss_reduction != pb.LOSS_REDUCTION_SUM
+    parts, missing = [], []
+    for contributor in record.contributors:
+        attempt = attempt_in(contributor, partition)
+        held = staging.get(record.group, record.step, contributor.client_id, attempt)
+        if held is None:
+            missing.append(contributor.client_id)
+        else:
+            parts.append(Part(held, contributor.weight if weighted else None))
+    if missing:
+        raise refuse(
+            "NOT_STAGED",
+            f"partition {partition} lacks contributions of step {record.step} from clients {missing}",
+            partition=partition,
+            step=record.step,
+            clients=",".join(map(str, missing)),
+        )
+    return parts

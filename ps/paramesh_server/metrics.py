@@ -1,0 +1,64 @@
+"""The Prometheus page of a server: what `Counters` and the partitions say, when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from paramesh_server.counters import Counters
+from paramesh_server.process import rss_bytes
+from paramesh_server.shards import Shards
+from paramesh_server.staging import Budget
+
+
+class _Collector:
+    def __init__(self, counters: Counters, shards: Shards, budget: Budget) -> None:
+        self._counters = counters
+        self._shards = shards
+        self._budget = budget
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._counters
+        partitions = [held.partition for held in list(self._shards.held.values())]
+        totals = {
+            "paramesh_server_received_bytes": ("Payload bytes of pushes and assigns.", counters.bytes_in),
+            "paramesh_server_sent_bytes": ("Encoded bytes of pulls and snapshots.", counters.bytes_out),
+            "paramesh_server_pushes": ("Contributions staged and updates applied.", counters.pushes),
+            "paramesh_server_duplicates": ("Requests that had been applied before.", counters.duplicates),
+            "paramesh_server_encodings": ("Encodings of values; pulls share them.", counters.encodings),
+        }
+        for name, (help_text, value) in totals.items():
+            yield CounterMetricFamily(name, help_text, value=value)
+        refused = CounterMetricFamily("paramesh_server_refused", "Refusals by reason.", labels=["reason"])
+        for reason, count in list(counters.refused.items()):
+            refused.add_metric([reason], count)
+        yield refused
+        gauges = {
+            "paramesh_server_staged_bytes": ("Bytes of contributions that wait.", self._budget.used),
+            "paramesh_server_in_flight_bytes": ("Bytes of unfinished requests.", counters.in_flight),
+            "paramesh_server_value_bytes": ("Bytes of values held.", sum(p.layout.nbytes for p in partitions)),
+            "paramesh_server_partitions": ("Partitions held.", len(partitions)),
+            "paramesh_server_resident_bytes": ("Memory of the process.", rss_bytes()),
+        }
+        for name, (help_text, value) in gauges.items():
+            yield GaugeMetricFamily(name, help_text, value=value)
+        yield CounterMetricFamily(
+            "paramesh_server_steps_applied",
+            "Steps applied, over all partitions held.",
+            value=sum(p.applied_step for p in partitions),
+        )
+
+
+def serve_metrics(host: str, port: int, counters: Counters, shards: Shards, budget: Budget) -> Any:
+    """Serve the page in a thread; returns what has a `shutdown()`.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Collector(counters, shards, budget))
+    server, _ = start_http_server(port, addr=host.strip("[]"), registry=registry)
+    return server

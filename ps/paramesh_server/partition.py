@@ -1,0 +1,413 @@
+"""One partition as a state machine: requests in, records applied, answers out. Pure.
+
+    partition = Partition(id, table_id, layout, spec, epoch=1, budget=Budget(1 << 30))
+    partition.assign(client, assign_id=1, writes, init_attempt=1)       # first values
+    partition.stage(client, StagedAt(group=1, step=0, attempt=1), contribution)
+    partition.commit([record_of_step_0])                                 # sums, applies
+    partition.values                                                     # flat bytes
+
+No sockets, threads or clocks: the caller holds a lock around each call. Everything that
+changes state is one record in the log, and the state is a function of the records: what is
+refused (all but the NOOP of a refused push) changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from paramesh import hyper
+from paramesh.errors import ParameshError, refuse
+from paramesh.routing import PartitionLayout
+from paramesh.v1 import replication_pb2 as rp
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server.aggregate import Gradient, Part, Reduction, flat_views, squared_norm, sum_parts
+from paramesh_server.decisions import check_record, parts_of, reduction_of
+from paramesh_server.dedup import Dedup, Digest, Entry, Verdict
+from paramesh_server.log import Log
+from paramesh_server.optimizer import PartitionOptimizer, Setting
+from paramesh_server.staging import Budget, Contribution, Staging
+from paramesh_server.writes import Plan, SlotBytes, SlotFrame, cut_slots, plan_writes, tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAt:
+    """Where a contribution belongs."""
+
+    group: int
+    step: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A sequenced push, but for its gradient."""
+
+    seq: int
+    changed: Mapping[str, Setting]
+    """Hyper-parameters of this table that changed since the client's last push."""
+    skip: bool = False
+    scale: float = 1.0
+    """Multiplies the gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer to a request that was not refused."""
+
+    lsn: int
+    duplicate: bool = False
+    held: bool = False
+    """An earlier push is missing: ask again when the partition has changed."""
+
+
+class Partition:
+    """The primary replica of one partition of a dense table.
+
+    Attributes:
+        id: the partition's number in the job.
+        layout: its segments; never changes.
+        epoch: written by whoever promotes; requests must name it.
+        applied_step: how many steps it reflects, so the next step's number.
+        flat: its values, one byte tensor.
+    """
+
+    def __init__(
+        self, partition: int, table_id: int, layout: PartitionLayout, spec: pb.TableSpec, *, epoch: int, budget: Budget
+    ) -> None:
+        self.id = partition
+        self.table_id = table_id
+        self.layout = layout
+        self.epoch = epoch
+        self.applied_step = 0
+        self.flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        self._views = flat_views(layout, self.flat)
+        settings = hyper.from_protos(spec.optimizer.hyper_parameters)
+        self.optimizer = PartitionOptimizer(spec.optimizer.class_name, settings, self._views, layout)
+        self.log = Log()
+        self.staging = Staging(budget)
+        self.dedup = Dedup()
+        self.pushes = 0
+        """Sequenced updates applied; for people."""
+        self.duplicates = 0
+        """Sequenced updates recognised as applied before; for people."""
+        self._gradient: Gradient | None = None
+        """Scratch for sums, kept: page faults of fresh memory cost more than the sum."""
+        self._group = 0
+        """The ledger's number of the table's group, from the first decision or put."""
+        self._init_attempt = 0
+        """Attempt of the first values that are held; 0: none, INITIALISING."""
+        self._trained = False
+        """Training data came: first values are final."""
+        self._norm: tuple[int, float] | None = None
+        """(step, squared norm) of the step that is being clipped: every worker asks."""
+
+    # What every request goes through.
+
+    @property
+    def initialising(self) -> bool:
+        """Whether there are no values yet."""
+        return not self._init_attempt
+
+    @property
+    def values(self) -> memoryview:
+        """The values' bytes, live."""
+        return tensor_bytes(self.flat)
+
+    def check_epoch(self, epoch: int) -> None:
+        """Refuse a request that was routed by another map.
+
+        Raises:
+            Retryable: STALE_EPOCH, UNKNOWN_EPOCH.
+            RequestRefused: MISSING_FIELD.
+        """
+        if epoch == self.epoch:
+            return
+        if not epoch:
+            raise refuse("MISSING_FIELD", "epoch counts from 1", field="epoch")
+        if epoch < self.epoch:
+            raise refuse("STALE_EPOCH", f"partition {self.id} is at epoch {self.epoch}", epoch=self.epoch)
+        raise refuse("UNKNOWN_EPOCH", f"partition {self.id} is at epoch {self.epoch} here, asked for {epoch}")
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Take a higher epoch: requests routed by the older map are refused from now on."""
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self.log.append(rp.RECORD_KIND_EPOCH, epoch=epoch)
+
+    def check_ready(self) -> None:
+        """Refuse while there are no values.
+
+        Raises:
+            Retryable: INITIALISING.
+        """
+        if self.initialising:
+            raise refuse("INITIALISING", f"partition {self.id} has no first values yet", partition=self.id)
+
+    def _check_group(self, group: int) -> None:
+        if self._group and group != self._group:
+            raise refuse("UNKNOWN_GROUP", f"partition {self.id} is of group {self._group}, not {group}")
+
+    # Synchronous steps.
+
+    def stage(
+        self, client: int, at: StagedAt, contribution: Contribution, committed: Sequence[pb.StepRecord]
+    ) -> Outcome:
+        """Hold a contribution for its step, first applying the decisions before it.
+
+        A decision of the step itself is tried after it: a fenced client that the record
+        names delivers what is missing that way.
+
+        Raises:
+            ParameshError: INITIALISING, CLIENT_FENCED, UNKNOWN_GROUP, NEED_STEPS, NOT_STAGED,
+                SEQ_REUSED, QUOTA, HYPER_PARAMETER.
+        """
+        self.check_ready()
+        named = any(r.step == at.step and any(c.client_id == client for c in r.contributors) for r in committed)
+        if not named:
+            self.dedup.check_client(client)
+        self._check_group(at.group)
+        self.commit(r for r in committed if r.step < at.step)
+        if at.step < self.applied_step:
+            return Outcome(self.log.lsn, duplicate=True)
+        if at.step > self.applied_step:
+            raise self._need_steps(at.step)
+        fresh = self.staging.put(at.group, at.step, client, at.attempt, contribution)
+        self._group, self._trained = at.group, True
+        try:
+            self.commit(r for r in committed if r.step == at.step)
+        except ParameshError as error:
+            if error.reason not in ("NOT_STAGED", "NEED_STEPS"):
+                raise
+        return Outcome(0, duplicate=not fresh)
+
+    def _need_steps(self, wanted: int) -> ParameshError:
+        return refuse(
+            "NEED_STEPS",
+            f"partition {self.id} has applied {self.applied_step} steps and needs the decisions up to {wanted}",
+            partition=self.id,
+            applied_step=self.applied_step,
+        )
+
+    def commit(self, committed: Iterable[pb.StepRecord]) -> None:
+        """Apply decisions in order; those that are applied already are passed over.
+
+        Raises:
+            ParameshError: NEED_STEPS (a gap, or no clip factor yet), NOT_STAGED,
+                UNKNOWN_GROUP, WEIGHT, HYPER_PARAMETER.
+        """
+        for record in committed:
+            if record.step < self.applied_step:
+                continue
+            self.check_ready()
+            self._check_group(record.group)
+            if record.step > self.applied_step or (
+                record.needs_clip and not record.has_clip_factor and not record.skip
+            ):
+                raise self._need_steps(record.step)
+            self._apply_step(record)
+
+    def _apply_step(self, record: pb.StepRecord) -> None:
+        check_record(record)
+        settings = self.optimizer.merged(self._changed(record.hyper_parameters))
+        parts = [] if record.skip else parts_of(record, self.id, self.staging)
+        gradient = self._scratch()
+        if parts:
+            present = sum_parts(self.layout, parts, reduction_of(record), gradient)
+        # From here on nothing refuses.
+        self.optimizer.configure(settings)
+        if parts:
+            self.optimizer.step(gradient.views, present)
+        checksum = zlib.crc32(record.SerializeToString(deterministic=True))
+        self.log.append(rp.RECORD_KIND_STEP, epoch=self.epoch, step=record.step, checksum=checksum)
+        self._group, self._trained, self._norm = record.group, True, None
+        self.applied_step = record.step + 1
+        self.staging.drop_through(record.group, record.step)
+
+    def _scratch(self) -> Gradient:
+        if self._gradient is None:
+            self._gradient = Gradient(self.layout)
+        return self._gradient
+
+    def _changed(self, changes: Iterable[pb.TableHyperParameters]) -> dict[str, Setting]:
+        merged: dict[str, Setting] = {}
+        for change in changes:
+            if change.table_id == self.table_id:
+                merged.update(hyper.from_protos(change.hyper_parameters))
+        return merged
+
+    def norm(self, committed: Sequence[pb.StepRecord]) -> float:
+        """The squared norm of the last decision's averaged gradient, in fp64.
+
+        Raises:
+            ParameshError: as `commit`; STEP_OUT_OF_RANGE, if it is applied already.
+        """
+        if not committed:
+            raise refuse("MISSING_FIELD", "norms are of a decided step; no record came", field="committed")
+        record = committed[-1]
+        self.commit(committed[:-1])
+        self.check_ready()
+        self._check_group(record.group)
+        if record.step < self.applied_step:
+            raise refuse("STEP_OUT_OF_RANGE", f"step {record.step} is applied", applied_step=self.applied_step)
+        if record.step > self.applied_step:
+            raise self._need_steps(record.step)
+        if self._norm is None or self._norm[0] != record.step:
+            check_record(record)
+            parts = [] if record.skip else parts_of(record, self.id, self.staging)
+            value = squared_norm(self.layout, parts, reduction_of(record), self._scratch())
+            self._norm = (record.step, value)
+        return self._norm[1]
+
+    def check_step(self, step: int) -> None:
+        """Refuse a read that does not find the values of exactly this step.
+
+        Raises:
+            ParameshError: INITIALISING, NEED_STEPS, STEP_OUT_OF_RANGE.
+        """
+        self.check_ready()
+        if step > self.applied_step:
+            raise self._need_steps(step)
+        if step < self.applied_step:
+            raise refuse(
+                "STEP_OUT_OF_RANGE",
+                f"partition {self.id} is at step {self.applied_step}; the values of step {step} are gone",
+                applied_step=self.applied_step,
+            )
+
+    # Sequenced pushes.
+
+    def push(self, client: int, update: Update, contribution: Contribution | ParameshError) -> Outcome:
+        """Apply an update exactly once.
+
+        Args:
+            client: whose sequence it is in.
+            update: its place and options.
+            contribution: the gradient, or why it does not fit, which consumes the seq.
+
+        Raises:
+            ParameshError: INITIALISING, the SEQ_ reasons, CLIENT_FENCED, and what is wrong
+                with the payload (then a NOOP has taken its place).
+        """
+        self.check_ready()
+        digest: Digest = (
+            (contribution.reason, str(contribution)) if isinstance(contribution, ParameshError) else contribution.digest
+        )
+        verdict = self.dedup.admit(client, update.seq, digest)
+        if verdict is Verdict.HOLD:
+            return Outcome(0, held=True)
+        if verdict is Verdict.DUPLICATE:
+            return self._again(client, update.seq)
+        try:
+            if isinstance(contribution, ParameshError):
+                raise contribution
+            self._apply_update(update, contribution)
+        except ParameshError as error:
+            header = self.log.append(rp.RECORD_KIND_NOOP, epoch=self.epoch, client_id=client, seq=update.seq)
+            self.dedup.record(client, update.seq, Entry(digest, header.lsn, (error.reason, str(error))))
+            raise
+        kind = rp.RECORD_KIND_NOOP if update.skip else rp.RECORD_KIND_PUSH
+        header = self.log.append(
+            kind, epoch=self.epoch, client_id=client, seq=update.seq, checksum=zlib.crc32(repr(digest).encode())
+        )
+        self.dedup.record(client, update.seq, Entry(digest, header.lsn))
+        self.pushes += 1
+        return Outcome(header.lsn)
+
+    def _again(self, client: int, seq: int) -> Outcome:
+        self.duplicates += 1
+        entry = self.dedup.entry(client, seq)
+        error = entry.error()
+        if error is not None:
+            raise error
+        return Outcome(entry.lsn, duplicate=True)
+
+    def _apply_update(self, update: Update, contribution: Contribution) -> None:
+        settings = self.optimizer.merged(update.changed)
+        gradient = self._scratch()
+        scale = update.scale or 1.0
+        if not update.skip:
+            present = sum_parts(self.layout, [Part(contribution, scale)], Reduction(), gradient)
+        self._trained = True
+        self.optimizer.configure(settings)
+        if not update.skip:
+            self.optimizer.step(gradient.views, present)
+
+    # Writes from outside, fences, cuts.
+
+    def assign(self, client: int, assign_id: int, writes: Sequence[SlotFrame], init_attempt: int = 0) -> Outcome:
+        """Write values or optimizer state, all or nothing, once.
+
+        Args:
+            client: who writes.
+            assign_id: makes it repeatable.
+            writes: frames, checksums verified.
+            init_attempt: set for first values.
+
+        Raises:
+            ParameshError: INITIALISING, TOO_LATE (first values under an older attempt, or after
+                training began), CLIENT_FENCED, SEQ_TOO_OLD, PAYLOAD_SIZE, TENSOR_MISMATCH.
+        """
+        done = self.dedup.assigned(client, assign_id)
+        if done:
+            return Outcome(done, duplicate=True)
+        if init_attempt:
+            self._check_init(init_attempt)
+        else:
+            self.check_ready()
+        plan = plan_writes(self.layout, self.optimizer, writes, whole_values=bool(init_attempt))
+        if init_attempt:
+            self.optimizer.reset()
+            self._init_attempt = init_attempt
+        self._write(plan)
+        header = self.log.append(rp.RECORD_KIND_ASSIGN, epoch=self.epoch, client_id=client, seq=assign_id)
+        self.dedup.record_assign(client, assign_id, header.lsn)
+        return Outcome(header.lsn)
+
+    def _check_init(self, attempt: int) -> None:
+        if self._trained or attempt < self._init_attempt:
+            raise refuse(
+                "TOO_LATE",
+                f"first values of attempt {attempt} come after "
+                + ("training began" if self._trained else f"those of attempt {self._init_attempt}"),
+                partition=self.id,
+            )
+
+    def _write(self, plan: Plan) -> None:
+        plan.apply(self._views, self.optimizer)
+
+    def fence(self, client: int) -> bool:
+        """Forbid a client for ever; staged contributions stay. True if it was not yet."""
+        fresh = self.dedup.fence(client)
+        if fresh:
+            self.log.append(rp.RECORD_KIND_FENCE, epoch=self.epoch, client_id=client)
+        return fresh
+
+    def cut(self) -> list[SlotBytes]:
+        """Values and optimizer state as they are now, as views of live memory.
+
+        Raises:
+            Retryable: INITIALISING.
+        """
+        self.check_ready()
+        return list(cut_slots(self.layout, self.flat, self.optimizer))
+
+    def state_hash(self) -> bytes:
+        """sha256 over values, optimizer state and settings, dedup, step and lsn."""
+        digest = hashlib.sha256()
+        for part in cut_slots(self.layout, self.flat, self.optimizer):
+            digest.update(f"{part.slot}/{part.segment}/{part.offset}:".encode())
+            digest.update(part.data)
+        digest.update(repr(sorted(self.optimizer.settings.items())).encode())
+        for piece in self.dedup.canonical():
+            digest.update(piece)
+        digest.update(repr((self.table_id, self.applied_step, self.log.lsn, self._init_attempt)).encode())
+        return digest.digest()
+
+    def close(self) -> None:
+        """Let go of what is staged."""
+        self.staging.clear()

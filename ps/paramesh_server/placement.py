@@ -1,0 +1,157 @@
+"""From the map to this process: which partitions to hold, and whether the ledger is here.
+
+The map is the coordinator's decision, already committed; following it is idempotent. A row
+whose primary is (my name, my incarnation) and that is not held is made, empty; one that is
+held and is no longer mine is dropped. A row with another incarnation of me is not mine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from paramesh.channel import header
+from paramesh.coordinator_link import CoordinatorLink
+from paramesh.errors import ParameshError
+from paramesh.routing import PartitionLayout, Routes, cut
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import types_pb2 as pb
+from paramesh.v1.coordinator_pb2_grpc import CatalogStub, MapServiceStub
+
+from paramesh_server.ledger_host import LedgerHost
+from paramesh_server.partition import Partition
+from paramesh_server.shards import Shards
+from paramesh_server.staging import Budget
+
+log = logging.getLogger(__name__)
+
+LEDGER = 0
+"""Number of the ledger's partition."""
+
+CALL_S = 3.0
+"""Deadline of one look at the coordinator on behalf of a waiting request."""
+
+
+class Placement:
+    """Follows the map.
+
+    Args:
+        me: this process's name and incarnation.
+        job: the cluster's name.
+        link: where schemas come from.
+        shards: what this process holds.
+        ledger: where the ledger is, if it is here.
+        budget: bytes that all partitions may stage.
+    """
+
+    def __init__(
+        self, me: pb.ReplicaRef, job: str, link: CoordinatorLink, shards: Shards, ledger: LedgerHost, budget: Budget
+    ) -> None:
+        self._me = me
+        self._job = job
+        self._link = link
+        self._shards = shards
+        self._ledger = ledger
+        self._budget = budget
+        self._schemas: dict[int, tuple[pb.TableSpec, tuple[PartitionLayout, ...]]] = {}
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.generation = 0
+        """Of the newest map."""
+
+    def mine(self, partition: int) -> bool:
+        """Whether the newest map gives a partition to this process."""
+        routes = self._shards.routes
+        if routes is None or partition not in routes:
+            return False
+        return self._is_mine(routes.partition(partition))
+
+    def _is_mine(self, row: pb.Partition) -> bool:
+        return row.primary == self._me and row.state != pb.PARTITION_STATE_OFFLINE
+
+    def on_map(self, routes: Routes) -> None:
+        """A new map came: follow it, one after the other."""
+        self._shards.routes = routes
+        task = asyncio.ensure_future(self._follow(routes))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def refresh(self) -> None:
+        """Fetch the map now and follow it.
+
+        Raises:
+            ParameshError: UNREACHABLE, or what the coordinator refused with.
+        """
+        request = co.GetMapRequest(request=header(self._job))
+        answer = await self._link.call(
+            lambda channel: MapServiceStub(channel).GetMap(request, timeout=CALL_S), CALL_S, "the map"
+        )
+        self._link.set_map(Routes(answer.map))
+        await asyncio.gather(*self._tasks)
+
+    async def _follow(self, routes: Routes) -> None:
+        async with self._lock:
+            if routes is not self._shards.routes:
+                return  # a newer map is next in line
+            try:
+                await self._reconcile(routes)
+            except Exception:
+                log.exception("placement=failed map_version=%d", routes.version)
+
+    async def _reconcile(self, routes: Routes) -> None:
+        if self.generation and routes.generation > self.generation:
+            log.warning("generation=%d is over; dropping everything", self.generation)
+            await self._drop_all()
+        self.generation = routes.generation
+        rows = {row.id: row for row in routes.map.partitions}
+        for number in [n for n in self._shards.held if n not in rows or not self._keeps(rows[n])]:
+            log.info("partition=%d dropped map_version=%d", number, routes.version)
+            await self._shards.drop(number)
+        await self._ledger.follow(LEDGER in rows and self._is_mine(rows[LEDGER]), routes)
+        for number, row in rows.items():
+            if number != LEDGER and self._is_mine(row):
+                await self._hold(row)
+
+    def _keeps(self, row: pb.Partition) -> bool:
+        """An OFFLINE row keeps its old primary: its memory is the only copy that there is."""
+        return row.primary == self._me
+
+    async def _hold(self, row: pb.Partition) -> None:
+        held = self._shards.held.get(row.id)
+        if held is not None:
+            if row.epoch > held.partition.epoch:
+                await held.run(partial(held.partition.raise_epoch, row.epoch), inline=True)
+            return
+        try:
+            spec, layouts = await self._schema(row.table_id)
+            partition = Partition(row.id, row.table_id, layouts[row.index], spec, epoch=row.epoch, budget=self._budget)
+        except ParameshError as error:
+            log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
+            self._shards.fail(row.id, error)
+            return
+        self._shards.add(partition)
+        log.info("partition=%d table=%s epoch=%d bytes=%d held", row.id, spec.name, row.epoch, partition.layout.nbytes)
+
+    async def _schema(self, table_id: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
+        if table_id not in self._schemas:
+            request = co.DescribeTableRequest(request=header(self._job, self.generation), table_id=table_id)
+            answer = await self._link.call(
+                lambda channel: CatalogStub(channel).DescribeTable(request, timeout=CALL_S), 60.0, f"table {table_id}"
+            )
+            self._schemas[table_id] = (answer.spec, cut(answer.spec))
+        return self._schemas[table_id]
+
+    async def _drop_all(self) -> None:
+        for number in list(self._shards.held):
+            await self._shards.drop(number)
+        self._shards.failed.clear()
+        self._schemas.clear()
+        await self._ledger.close()
+
+    async def close(self) -> None:
+        """Drop everything: the process stops."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._drop_all()

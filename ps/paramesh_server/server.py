@@ -1,0 +1,244 @@
+"""A parameter server, in this process.
+
+    server = ParameterServer(ServerConfig(coordinator="127.0.0.1:7070"))
+    await server.start()            # ports open, registered, following the map
+    server.address                  # host:port of the data plane
+    await server.stop(grace=1.0)
+
+Several of them, a coordinator and clients can live on one event loop; that is how
+`paramesh.testing` runs a cluster in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import paramesh
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
+from paramesh.coordinator_link import CoordinatorLink
+from paramesh.errors import ConfigError, ParameshError
+from paramesh.routing import Routes
+from paramesh.status import typed_errors
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server.beat import Figures
+from paramesh_server.config import ServerConfig
+from paramesh_server.control import ServerControl
+from paramesh_server.counters import Counters
+from paramesh_server.ledger_host import LedgerHost
+from paramesh_server.metrics import serve_metrics
+from paramesh_server.placement import Placement
+from paramesh_server.process import fingerprint, host_id, rss_bytes
+from paramesh_server.reads import Reads
+from paramesh_server.registration import Registration
+from paramesh_server.servicer import DataPlane
+from paramesh_server.shards import Shards
+from paramesh_server.staging import Budget
+
+log = logging.getLogger(__name__)
+
+_DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger")
+_CONTROL_SERVICES = ("paramesh.v1.ServerControl",)
+
+
+class ParameterServer:
+    """One server process' worth of partitions, on the running event loop.
+
+    Args:
+        config: checked settings.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.address = ""
+        """host:port of the data plane, as advertised; empty before `start`."""
+        self.control_address = ""
+        """host:port of the control port, as advertised."""
+        self.incarnation = secrets.randbits(63) | 1
+        self.counters = Counters()
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="paramesh-compute")
+        self._budget = Budget(config.staged_bytes)
+        self._ended: asyncio.Future[None] | None = None
+        self._metrics: Any = None
+
+    async def start(self) -> None:
+        """Open the ports, register (however long the coordinator takes), follow the map.
+
+        Raises:
+            ConfigError: a port cannot be had.
+            ParameshError: the coordinator refuses for good: NODE_NAME, ADDRESS,
+                WRONG_CLUSTER, VERSION.
+        """
+        self._ended = asyncio.get_running_loop().create_future()
+        self._wire()
+        self._serve()
+        try:
+            # Pays torch's lazy imports while nobody waits, and tells odd machines apart.
+            arithmetic = await asyncio.get_running_loop().run_in_executor(self._pool, fingerprint)
+            self._registration.introduce(self._hello(arithmetic))
+            await self._data.start()
+            await self._control.start()
+            await self._registration.start()
+        except BaseException:
+            await self.stop(0)
+            raise
+        self._link.start_watch()
+        await self._health_serving(True)
+        log.info(
+            "serving name=%s address=%s control=%s job=%s",
+            self.config.name,
+            self.address,
+            self.control_address,
+            self.config.job,
+        )
+
+    def _wire(self) -> None:
+        """Make the parts and tie them together."""
+        config = self.config
+        me = pb.ReplicaRef(node=config.name, incarnation=self.incarnation)
+        self._link = CoordinatorLink(config.coordinator, config.job)
+        self._ledger = LedgerHost(config.job)
+        self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
+        self._placement = Placement(me, config.job, self._link, self._shards, self._ledger, self._budget)
+        self._registration = Registration(config, self._link, self._figures, self._end)
+        self._link.listeners.append(self._on_map)
+        self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
+        self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
+
+    def _generation(self) -> int:
+        return max(self._placement.generation, self._registration.generation)
+
+    def _on_map(self, routes: Routes) -> None:
+        self._orders.saw(routes.map.term)
+        self._placement.on_map(routes)
+
+    def _serve(self) -> None:
+        """Make the two gRPC servers and open their ports."""
+        config = self.config
+        self._data = self._server(_DATA_SERVICES)
+        add_parameter_server(_Both(self._plane, Reads(self._plane, self.counters)), self._data)
+        self._ledger.register(self._data)
+        self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
+        self._orders.register(self._control)
+        host = config.advertised_host
+        self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
+        control = config.control_bind or f"{config.host}:0"
+        self.control_address = f"{host}:{_open(self._control, 'control_bind', control)}"
+        if config.metrics_port:
+            try:
+                self._metrics = serve_metrics(
+                    config.host, config.metrics_port, self.counters, self._shards, self._budget
+                )
+            except OSError as error:
+                raise _port_taken("metrics_port", str(config.metrics_port)) from error
+
+    def _server(self, services: tuple[str, ...]) -> grpc.aio.Server:
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal)])
+        checker = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+        self._checkers = [*getattr(self, "_checkers", []), (checker, services)]
+        if self.config.reflection:
+            from grpc_reflection.v1alpha import reflection
+
+            reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _count_refusal(self, reason: str) -> None:
+        self.counters.refused[reason] += 1
+
+    async def _health_serving(self, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if serving else states.NOT_SERVING
+        for checker, services in self._checkers:
+            for service in ("", *services):
+                await checker.set(service, state)
+
+    def _hello(self, arithmetic: bytes) -> co.RegisterServerRequest:
+        return co.RegisterServerRequest(
+            request=header(self.config.job),
+            name=self.config.name,
+            incarnation=self.incarnation,
+            address=self.address,
+            control_address=self.control_address,
+            host_id=host_id(),
+            version=paramesh.__version__,
+            fingerprint=arithmetic,
+            capacity_bytes=self.config.capacity_bytes,
+            replace=self.config.replace,
+        )
+
+    def _figures(self) -> Figures:
+        partitions = [held.partition for held in self._shards.held.values()]
+        return Figures(
+            applied_lsn=sum(p.log.lsn for p in partitions),
+            queue_depth=sum(held.queue for held in self._shards.held.values()),
+            value_bytes=sum(p.layout.nbytes for p in partitions),
+            bytes_in=self.counters.bytes_in,
+            bytes_out=self.counters.bytes_out,
+            rss_bytes=rss_bytes(),
+        )
+
+    def _end(self, error: ParameshError) -> None:
+        """This process is not wanted any more: `wait` tells."""
+        log.error("ended name=%s reason=%s: %s", self.config.name, error.reason, error)
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
+            self._ended.exception()  # seen, even if nobody waits
+
+    async def wait(self) -> None:
+        """Wait until the coordinator says that this process is not wanted.
+
+        Raises:
+            ParameshError: why.
+        """
+        assert self._ended is not None, "start first"
+        await asyncio.shield(self._ended)
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """Say goodbye and stop; calls under way have `grace` seconds."""
+        await self._stop(grace, goodbye=True)
+
+    async def kill(self) -> None:
+        """Stop as a crash would, for tests: no goodbye, calls under way are cut off."""
+        await self._stop(0, goodbye=False)
+
+    async def _stop(self, grace: float, *, goodbye: bool) -> None:
+        await self._health_serving(False)
+        await self._registration.stop(goodbye=goodbye)
+        await asyncio.gather(self._data.stop(grace), self._control.stop(grace))
+        await self._placement.close()
+        await self._link.close()
+        if self._metrics is not None:
+            self._metrics.shutdown()
+            self._metrics.server_close()
+            self._metrics = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Both:
+    """The writing and the reading half of the data plane as one servicer."""
+
+    def __init__(self, plane: DataPlane, reads: Reads) -> None:
+        self.Push, self.Assign = plane.Push, plane.Assign
+        self.Norms, self.Inspect = plane.Norms, plane.Inspect
+        self.Pull, self.Snapshot = reads.Pull, reads.Snapshot
+
+
+def _port_taken(key: str, address: str) -> ConfigError:
+    return ConfigError(f"{key}: {address} cannot be bound; is another process using the port?", metadata={"key": key})
+
+
+def _open(server: grpc.aio.Server, key: str, bind: str) -> int:
+    try:
+        port: int = server.add_insecure_port(bind)
+    except RuntimeError as error:
+        raise _port_taken(key, bind) from error
+    if not port:
+        raise _port_taken(key, bind)
+    return port

@@ -1,0 +1,284 @@
+"""The data plane: framed requests in, partitions' answers out.
+
+Every request is checked in one order: protocol, job, generation, partition, epoch, client,
+payload. What one partition refuses is told in its outcome; the others of the same call go
+on. Copies of a pushed byte: gRPC's into Python, none here until the sum reads it in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from paramesh import hyper
+from paramesh.channel import check_header, grpc
+from paramesh.errors import ParameshError, refuse
+from paramesh.framing import Framed
+from paramesh.status import detail_of
+from paramesh.v1 import parameter_server_pb2 as ps
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server.counters import Counters
+from paramesh_server.partition import Outcome, Partition, StagedAt, Update
+from paramesh_server.process import rss_bytes
+from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
+from paramesh_server.shards import Held, Shards
+
+H = TypeVar("H", ps.PushHeader, ps.AssignHeader)
+
+GAP_S = 1.0
+"""How long a push that came before its predecessor is held: several round trips."""
+
+ASSIGN_COPIES = 8
+"""Times the partition's bytes that one assign may bring: values and the three or four
+states of an optimizer, with room."""
+
+
+class DataPlane:
+    """The requests of `ParameterServer` that write, and the small ones.
+
+    Args:
+        job: this cluster's name.
+        generation: this job's generation now; 0 while unknown.
+        shards: the partitions of this process.
+        counters: what is counted.
+        in_flight_limit: bytes of unfinished streams, above which streams are refused.
+    """
+
+    def __init__(
+        self, job: str, generation: Callable[[], int], shards: Shards, counters: Counters, in_flight_limit: int
+    ) -> None:
+        self._job = job
+        self._generation = generation
+        self._shards = shards
+        self._counters = counters
+        self._in_flight = InFlight(counters, in_flight_limit)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def check(self, request: pb.RequestHeader) -> None:
+        """Refuse another protocol, job or generation.
+
+        Raises:
+            StateRefused: VERSION, WRONG_CLUSTER, OLD_GENERATION.
+        """
+        check_header(request, self._job, self._generation())
+
+    async def find(self, partition: int, epoch: int) -> Held:
+        """The partition, at the epoch that the request was routed by.
+
+        Raises:
+            ParameshError: WRONG_PARTITION, NOT_PRIMARY, NOT_READY, STALE_EPOCH, UNKNOWN_EPOCH.
+        """
+        held = await self._shards.find(partition)
+        held.partition.check_epoch(epoch)
+        return held
+
+    def detail(self, error: Exception, where: str) -> pb.ErrorDetail:
+        """An error inside an answer, counted."""
+        detail = detail_of(error, where)
+        self._counters.refused[detail.reason] += 1
+        return detail
+
+    # Push and Assign.
+
+    async def Push(
+        self, requests: AsyncIterator[Framed[ps.PushHeader]], context: grpc.aio.ServicerContext
+    ) -> ps.PushResponse:
+        """Stage or apply what a stream brings; one outcome per partition."""
+        gathering: Gathering[ps.PushHeader] = Gathering(self._in_flight, partial(self._bound, 1))
+        return ps.PushResponse(outcomes=await self._receive(requests, gathering, self._push))
+
+    async def Assign(
+        self, requests: AsyncIterator[Framed[ps.AssignHeader]], context: grpc.aio.ServicerContext
+    ) -> ps.AssignResponse:
+        """Write values or optimizer state; one outcome per partition."""
+        gathering: Gathering[ps.AssignHeader] = Gathering(self._in_flight, partial(self._bound, ASSIGN_COPIES))
+        return ps.AssignResponse(outcomes=await self._receive(requests, gathering, self._assign))
+
+    def _bound(self, copies: int, partition: int) -> int | None:
+        held = self._shards.held.get(partition)
+        if held is None:
+            return None
+        layout = held.partition.layout
+        # Scalars of an honest assign are 8 bytes each, a few per segment.
+        return copies * (layout.nbytes + (64 * len(layout.segments) if copies > 1 else 0))
+
+    async def _receive(
+        self,
+        requests: AsyncIterator[Framed[H]],
+        gathering: Gathering[H],
+        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Partition, Outcome]]],
+    ) -> Sequence[ps.PartitionOutcome]:
+        """Handle each partition as soon as its last frame is here."""
+        client = 0
+        tasks: list[asyncio.Task[ps.PartitionOutcome]] = []
+        try:
+            async for framed in requests:
+                if not client:
+                    self.check(framed.header.request)
+                    client = _client(framed.header.request)
+                done = gathering.take(framed)
+                if done is not None:
+                    tasks.append(self._spawn(self._outcome(client, done, handle)))
+            for rest in gathering.unfinished():
+                tasks.append(self._spawn(self._outcome(client, rest, handle)))
+            # Shielded: what is complete is handled even if the caller goes away.
+            return await asyncio.shield(asyncio.gather(*tasks))
+        finally:
+            gathering.drop()
+
+    def _spawn(self, work: Coroutine[Any, Any, ps.PartitionOutcome]) -> asyncio.Task[ps.PartitionOutcome]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _outcome(
+        self,
+        client: int,
+        incoming: Incoming[H],
+        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Partition, Outcome]]],
+    ) -> ps.PartitionOutcome:
+        """One partition's answer; never raises."""
+        answer = ps.PartitionOutcome(partition=incoming.first.partition)
+        try:
+            partition, outcome = await handle(client, incoming)
+            answer.lsn, answer.duplicate = outcome.lsn, outcome.duplicate
+            answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
+            self._counters.duplicates += outcome.duplicate
+        except Exception as error:
+            answer.error.CopyFrom(self.detail(error, f"partition {answer.partition}"))
+            held = self._shards.held.get(answer.partition)
+            if held is not None:
+                answer.epoch, answer.applied_step = held.partition.epoch, held.partition.applied_step
+        finally:
+            self._in_flight.give(incoming.nbytes)
+        return answer
+
+    async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Partition, Outcome]:
+        held = await self.find(incoming.first.partition, incoming.first.epoch)
+        kind = incoming.first.WhichOneof("key")
+        if kind == "staged":
+            outcome = await self._stage(held, client, incoming)
+        elif kind == "sequenced":
+            outcome = await self._update(held, client, incoming)
+        else:
+            raise refuse("MISSING_FIELD", "a push is staged or sequenced; the first frame says neither", field="key")
+        self._counters.pushes += not outcome.duplicate
+        return held.partition, outcome
+
+    async def _stage(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
+        partition, first = held.partition, incoming.first
+        if incoming.error is not None:
+            raise incoming.error
+        contribution = await held.compute(partial(contribution_of, partition.layout, incoming))
+        at = StagedAt(first.staged.group, first.staged.step, first.staged.attempt)
+        committed = list(first.committed)
+        # Holding a view is instant; only a decision to apply is worth the pool.
+        inline = True if all(r.step < partition.applied_step for r in committed) else None
+        return await held.run(partial(partition.stage, client, at, contribution, committed), inline=inline)
+
+    async def _update(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
+        partition, key = held.partition, incoming.first.sequenced
+        update = Update(key.seq, _changes(partition, key), key.skip, _scale(key))
+        contribution: Any
+        try:
+            contribution = incoming.error or await held.compute(partial(contribution_of, partition.layout, incoming))
+        except ParameshError as error:
+            if error.reason == "CRC":
+                raise  # damaged on the way: the same seq comes again, whole
+            contribution = error
+        deadline = time.monotonic() + GAP_S
+        while True:
+            outcome = await held.run(partial(partition.push, client, update, contribution))
+            if not outcome.held:
+                return outcome
+            if not await held.changed(deadline - time.monotonic()):
+                raise refuse("SEQ_GAP", f"seq {update.seq} came, an earlier one of client {client} did not")
+
+    async def _assign(self, client: int, incoming: Incoming[ps.AssignHeader]) -> tuple[Partition, Outcome]:
+        first = incoming.first
+        held = await self.find(first.partition, first.epoch)
+        if incoming.error is not None:
+            raise incoming.error
+        partition = held.partition
+        writes = await held.compute(partial(writes_of, incoming))
+        outcome = await held.run(partial(partition.assign, client, first.assign_id, writes, first.init_attempt))
+        return partition, outcome
+
+    # Norms, Inspect, Fence.
+
+    async def Norms(self, request: ps.NormsRequest, context: grpc.aio.ServicerContext) -> ps.NormsResponse:
+        """Squared norms of a decided step, one per partition."""
+        self.check(request.request)
+        norms = await asyncio.gather(*(self._norm(asked, request) for asked in request.partitions))
+        return ps.NormsResponse(norms=norms)
+
+    async def _norm(self, asked: ps.PartitionPull, request: ps.NormsRequest) -> ps.PartitionNorm:
+        try:
+            held = await self.find(asked.partition, asked.epoch)
+            value = await held.run(partial(held.partition.norm, list(request.committed)))
+            return ps.PartitionNorm(partition=asked.partition, squared_norm=value)
+        except Exception as error:
+            return ps.PartitionNorm(partition=asked.partition, error=self.detail(error, f"partition {asked.partition}"))
+
+    async def Inspect(self, request: ps.InspectRequest, context: grpc.aio.ServicerContext) -> ps.InspectResponse:
+        """What the partitions of this process are at. Those that are not here are left out."""
+        self.check(request.request)
+        numbers = list(request.partitions) or sorted(self._shards.held)
+        here = [self._shards.held[number] for number in numbers if number in self._shards.held]
+        infos = [await held.run(partial(_info, held.partition, request.state_hash)) for held in here]
+        return ps.InspectResponse(partitions=infos, threads=threading.active_count(), rss_bytes=rss_bytes())
+
+    async def fence(self, clients: Sequence[int]) -> int:
+        """Forbid clients in every partition of this process; how many partitions there are."""
+
+        def forbid(partition: Partition) -> None:
+            for client in clients:
+                partition.fence(client)
+
+        everywhere = list(self._shards.held.values())
+        for held in everywhere:
+            await held.run(partial(forbid, held.partition), inline=True)
+        return len(everywhere)
+
+
+def _client(request: pb.RequestHeader) -> int:
+    if not request.client_id:
+        raise refuse("MISSING_FIELD", "client_id is 0: register as a client first", field="client_id")
+    return request.client_id
+
+
+def _changes(partition: Partition, key: ps.SequenceKey) -> dict[str, hyper.Value]:
+    merged: dict[str, hyper.Value] = {}
+    for change in key.hyper_parameters:
+        if change.table_id == partition.table_id:
+            merged.update(hyper.from_protos(change.hyper_parameters))
+    return merged
+
+
+def _scale(key: ps.SequenceKey) -> float:
+    if not math.isfinite(key.grad_scale):
+        raise refuse("WEIGHT", f"grad_scale {key.grad_scale} is not finite", weight=key.grad_scale)
+    return key.grad_scale or 1.0
+
+
+def _info(partition: Partition, state_hash: bool) -> ps.PartitionInfo:
+    return ps.PartitionInfo(
+        partition=partition.id,
+        epoch=partition.epoch,
+        lsn=partition.log.lsn,
+        applied_step=partition.applied_step,
+        state_hash=partition.state_hash() if state_hash else b"",
+        value_bytes=partition.layout.nbytes,
+        optimizer_bytes=partition.optimizer.nbytes,
+        staged_bytes=partition.staging.nbytes,
+        pushes=partition.pushes,
+        duplicates=partition.duplicates,
+        initialising=partition.initialising,
+    )
