@@ -29,6 +29,7 @@ from paramesh.hyper import Value, to_protos
 from paramesh.optimizer_state import State, state_of
 from paramesh.options import Options, outer_optimizer, settings_of
 from paramesh.profiling import phase
+from paramesh.runtime import barrier, is_chief
 from paramesh.tensors import TablePlan, named_parameters
 from paramesh.v1 import ledger_pb2, types_pb2
 
@@ -274,11 +275,9 @@ class Attachment:
 
     def assign(self, exchange: Exchange, writes: Mapping[int, Sequence[SlotWrite]]) -> None:
         """The chief writes to the servers, all wait for it and pull. Every worker must call it."""
-        if self.session.rank == 0 and writes:
+        if is_chief() and writes:
             self.session.call(self.session.client.assign(writes), "values to be assigned")
-        name = f"assign/{exchange.settings.name}"
-        request = ledger_pb2.GatherRequest(name=name, round=self.session.next_round(name))
-        self.session.call(self.session.client.ledger.gather(request), "the other workers to assign")
+        barrier(f"assign/{exchange.settings.name}")
         exchange.edits.forget()
         exchange.pull_now(exchange.reopen())
 

@@ -135,6 +135,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self._inner
 
     @property
+    def attachment(self) -> Attachment | None:
+        """The tie to a cluster; None: alone. For the library's own use."""
+        return self._attachment
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's param groups; schedulers write to them."""
         return self._inner.param_groups
