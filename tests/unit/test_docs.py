@@ -13,6 +13,7 @@ import textwrap
 import paramesh
 import pytest
 from paramesh import errors
+from paramesh_coordinator import psctl
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -154,6 +155,14 @@ def documented_flags(command: str) -> set[str]:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "psctl"])
 def test_every_flag_is_documented_and_no_other(command: str) -> None:
     assert documented_flags(command) == flags_of(command)
+
+
+def test_every_verb_of_psctl_is_documented_and_no_other() -> None:
+    verbs = re.findall(
+        r"^\| `psctl (\w+)`", (ROOT / "docs" / "operations.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert set(verbs) == {command.name or command.callback.__name__ for command in psctl.app.registered_commands}
+    assert documented_flags("psctl") == frozenset().union(*(flags_of("psctl", verb) for verb in verbs))
 
 
 def command_lines() -> list[tuple[str, str]]:
