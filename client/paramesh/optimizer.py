@@ -26,7 +26,7 @@ from paramesh.errors import ConfigError, refuse
 from paramesh.optimizer_state import gathered_state, hyper_parameters_only, load_into_cluster
 from paramesh.options import Options, Outer, check_supported
 from paramesh.profiling import phase
-from paramesh.session import current
+from paramesh.session import current, registry
 
 __all__ = ["DistributedOptimizer"]
 
@@ -116,6 +116,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if session is not None:
             self._attachment = Attachment(session, optimizer, model, options, self._run_inner)
             session.register(self)
+        else:
+            registry().remember(self)
 
     def _bind(self, inner: torch.optim.Optimizer, model: torch.nn.Module, options: Options) -> None:
         self._inner = inner
@@ -133,6 +135,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def inner(self) -> torch.optim.Optimizer:
         """The wrapped optimizer."""
         return self._inner
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module whose parameters it trains."""
+        return self._model
 
     @property
     def attachment(self) -> Attachment | None:
