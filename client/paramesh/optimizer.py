@@ -124,8 +124,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._model = model
         self._options = options
         self._amp = AmpState()
-        for registry in _HOOKS:
-            setattr(self, registry, getattr(inner, registry))
+        for hooks in _HOOKS:
+            setattr(self, hooks, getattr(inner, hooks))
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
 
