@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-PAIRS = 31
-BLOCK_STEPS = 40
-"""Steps of a block: about 40 ms, long beside a timer tick, short beside other load."""
+PAIRS = 101
+BLOCK_STEPS = 16
+"""Steps of a block, which is one epoch, so that a loader's start is in every block alike;
+about 30 ms: long beside a timer tick, short beside other load."""
 
 
 def run(pairs: int = PAIRS) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def _trainer(loader_class: Callable[..., Any], wrap: Callable[[Any, Any], Any]) 
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
-    dataset = torch.utils.data.TensorDataset(torch.randn(4096, 784), torch.randint(0, 10, (4096,)))
+    dataset = torch.utils.data.TensorDataset(
+        torch.randn(64 * BLOCK_STEPS, 784), torch.randint(0, 10, (64 * BLOCK_STEPS,))
+    )
     loader = loader_class(dataset, batch_size=64, shuffle=True)
     optimizer = wrap(torch.optim.Adam(model.parameters(), lr=1e-3), model)
     while True:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import paramesh
 import pytest
 import torch
-
-import paramesh
 from paramesh import testing
 from paramesh.errors import ConfigError, ParameshError, PartitionOffline
 

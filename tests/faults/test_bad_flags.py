@@ -1,0 +1,46 @@
+"""Row 73: a process told something impossible exits with status 2 and names the key, at once.
+
+Real processes, because what matters is the exit status and that nothing was started.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COORDINATOR = ["-m", "paramesh_coordinator.cli", "--ephemeral"]
+SERVER = ["-m", "paramesh_server.cli"]
+WORKER = ["-m", "paramesh_worker.cli"]
+RUN = ["-m", "paramesh_worker.launcher"]
+AT = ["--coordinator", "127.0.0.1:7070"]
+
+ROWS = [
+    (COORDINATOR, ["--heartbeat-interval", "1", "--failure-timeout", "2"], "heartbeat_interval"),
+    (COORDINATOR, ["--bind", "127.0.0.1:70000"], "bind"),
+    (COORDINATOR, ["--bind", "0.0.0.0:7070"], "insecure"),
+    (COORDINATOR, ["--min-workers", "3", "--start-workers", "2"], "min_workers"),
+    (COORDINATOR, ["--no-such-flag"], "--no-such-flag"),
+    (SERVER, [], "coordinator"),
+    (SERVER, [*AT, "--bind", "127.0.0.1:70000"], "bind"),
+    (SERVER, [*AT, "--name", "../x"], "name"),
+    (SERVER, ["--coordinator", "nowhere"], "coordinator"),
+    (WORKER, [__file__], "coordinator"),
+    (WORKER, [*AT, "--nproc", "0", __file__], "nproc"),
+    (WORKER, [*AT, "no_such_script.py"], "no_such_script.py"),
+    (RUN, ["--replicas", "2", __file__], "replicas"),
+    (RUN, ["--mode", "magic", __file__], "mode"),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "named"), ROWS, ids=[f"{p[1]} {' '.join(f)[-40:]}" for p, f, _ in ROWS])
+def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")} | {"COLUMNS": "200"}
+    ended = subprocess.run(
+        [sys.executable, *program, *flags], capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert named in ended.stderr or named.replace("_", "-") in ended.stderr
+    assert "Traceback" not in ended.stderr
