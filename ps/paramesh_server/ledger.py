@@ -1,0 +1,415 @@
+"""The ledger: members, steps, clocks, data leases and small state of one job. Pure.
+
+    ledger = Ledger(config, sink=log.append)
+    answer = ledger.ready(request, now)     # a response, or Wait(key, what, who)
+    ledger.take_woken()                     # keys whose waiters must ask again, the same
+    ledger.tick(now)                        # at ledger.next_deadline(), at the latest
+
+Events in, answers out: no threads, sockets, files or clocks; `now` is seconds of any clock
+that only rises. Every call is repeatable, so a wait is nothing but asking again. The state
+is a function of the records: `replay` on a fresh ledger gives an equal `state_digest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from paramesh.v1.ledger_pb2 import (
+    ACTIVITY_ACTIVE,
+    AwaitInitRequest,
+    AwaitInitResponse,
+    ClipRequest,
+    ClipResponse,
+    ClockRequest,
+    ClockResponse,
+    CommitInitRequest,
+    CommitInitResponse,
+    GatherRequest,
+    GatherResponse,
+    GetStateRequest,
+    GetStateResponse,
+    GetStepsRequest,
+    GetStepsResponse,
+    GroupPosition,
+    JoinRequest,
+    JoinResponse,
+    LeaseRequest,
+    LeaseResponse,
+    LeaveRequest,
+    LeaveResponse,
+    LedgerStatusResponse,
+    OpenGroupRequest,
+    OpenGroupResponse,
+    PutStateRequest,
+    PutStateResponse,
+    ReadyRequest,
+    ReadyResponse,
+    ReportMissingRequest,
+    ReportMissingResponse,
+    ReportRequest,
+    ReportResponse,
+    ReturnLeasesRequest,
+    ReturnLeasesResponse,
+    SetActivityRequest,
+    SetActivityResponse,
+)
+from paramesh.v1.types_pb2 import JobConfig
+
+from paramesh_server.ledger_clip import Clips
+from paramesh_server.ledger_clocks import Clocks
+from paramesh_server.ledger_groups import Groups, GroupState
+from paramesh_server.ledger_leases import Leases
+from paramesh_server.ledger_log import Desk, Key, Record, Wait, digest
+from paramesh_server.ledger_members import Members
+from paramesh_server.ledger_small import Figures, Gathers, SmallState
+from paramesh_server.ledger_status import Status
+from paramesh_server.ledger_steps import Steps
+
+__all__ = ["Ledger", "Record", "Wait"]
+
+
+def _drop(_: Record) -> None:
+    """Nobody follows yet: with one replica records need not be kept."""
+
+
+class Ledger:
+    """One job's ledger. Not thread-safe; one driver calls it.
+
+    Requests are those of the Ledger service; their headers are checked by the servicer, all
+    but `client_id`. Methods raise typed errors (`paramesh.errors`), and then nothing changed.
+    """
+
+    def __init__(self, config: JobConfig, sink: Callable[[Record], None] = _drop):
+        self._desk = Desk(_copy(config), sink)
+        self._members = Members(self._desk)
+        self._groups = Groups(self._desk, self._members)
+        self._leases = Leases(self._desk, self._members, self._groups)
+        self._steps = Steps(self._desk, self._members, self._groups, self._leases)
+        self._clips = Clips(self._desk, self._members, self._steps)
+        self._clocks = Clocks(self._desk, self._members, self._groups, self._leases)
+        self._small = SmallState(self._desk, self._members)
+        self._gathers = Gathers(self._desk, self._members)
+        self._figures = Figures(self._desk, self._members)
+        self._status = Status(self._members, self._groups, self._steps, self._clocks, self._leases)
+
+    # ------------------------------------------------------------------ driving
+
+    @property
+    def lsn(self) -> int:
+        """The number of the last record."""
+        return self._desk.lsn
+
+    def take_woken(self) -> set[Key]:
+        """Keys whose waiters must ask again, since the last take."""
+        woken, self._desk.woken = self._desk.woken, set()
+        return woken
+
+    def take_notices(self) -> list[str]:
+        """Lines for the log, since the last take."""
+        notices, self._desk.notices = self._desk.notices, []
+        return notices
+
+    def tick(self, now: float) -> None:
+        """Act on time alone: gathers that ran out, members over the step timeout."""
+        self._desk.now = now
+        self._steps.tick()
+        self._settle()
+
+    def next_deadline(self) -> float | None:
+        """When `tick` may find something to do; None: not before the next call."""
+        times = [t for t in (self._steps.next_deadline(), self._groups.next_deadline()) if t is not None]
+        return min(times, default=None)
+
+    def update_config(self, config: JobConfig, now: float) -> None:
+        """Adopt the job's settings as the map has them now."""
+        self._desk.now = now
+        if self._desk.config != config:
+            self._desk.config = _copy(config)
+            self._members.start_if_enough()
+            self._settle()
+
+    def replay(self, records: Iterable[Record]) -> None:
+        """Apply records of another ledger, in order.
+
+        Raises:
+            ValueError: a number is missing.
+        """
+        for record in records:
+            self._desk.apply(record)
+
+    def state_digest(self) -> str:
+        """A hash of all replicated state."""
+        return digest(
+            [
+                self._members.state,
+                self._groups.state,
+                self._leases.state,
+                self._small.state,
+                self._gathers.state,
+            ]
+        )
+
+    def _settle(self) -> None:
+        """Draw every conclusion that the last event allows."""
+        self._steps.settle()
+        self._groups.settle()
+        self._leases.settle()
+        self._gathers.settle()
+
+    # ------------------------------------------------------------------ members
+
+    def join(self, request: JoinRequest, now: float) -> JoinResponse:
+        """Make a client a member; a member keeps its rank.
+
+        Raises:
+            RequestRefused: MISSING_FIELD, NAME.
+            Fenced: EVICTED.
+        """
+        self._desk.now = now
+        member = self._members.join(request)
+        self._settle()
+        return JoinResponse(
+            rank=member.rank,
+            world_size=self._members.world_size(),
+            groups=self._positions(member.client_id),
+            config=self._desk.config,
+        )
+
+    def leave(self, request: LeaveRequest, now: float) -> LeaveResponse:
+        """Take a member out gracefully; its leases return. No member: nothing to do."""
+        self._desk.now = now
+        if self._members.leave(request.request.client_id):
+            self._settle()
+        return LeaveResponse()
+
+    def evict(self, client_id: int, why: str, now: float) -> bool:
+        """Take a dead client out for ever, member or not.
+
+        Args:
+            client_id: the client.
+            why: for people.
+            now: seconds.
+
+        Returns:
+            Whether it was a member until now.
+
+        Raises:
+            RequestRefused: MISSING_FIELD.
+        """
+        self._desk.now = now
+        was_member = self._members.evict(client_id, why)
+        self._settle()
+        return was_member
+
+    def set_activity(self, request: SetActivityRequest, now: float) -> SetActivityResponse:
+        """Make a member ACTIVE, BETWEEN or IDLE; say where every group stands.
+
+        Raises:
+            RequestRefused: MISSING_FIELD.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        member = self._members.need(request.request.client_id)
+        if request.activity == ACTIVITY_ACTIVE:
+            self._clocks.enter_all(member.client_id)
+        self._members.set_activity(member, request.activity)
+        self._settle()
+        return SetActivityResponse(groups=self._positions(member.client_id), world_size=self._members.world_size())
+
+    def _positions(self, client_id: int) -> list[GroupPosition]:
+        return [self._position(group, client_id) for group in self._groups.state.values()]
+
+    def _position(self, group: GroupState, client_id: int) -> GroupPosition:
+        has_clocks = self._clocks.has_clocks(group)
+        return GroupPosition(
+            group=group.number,
+            name=group.spec.name,
+            next_step=self._clocks.position(group, client_id) if has_clocks else group.next_step,
+            last=group.records.get(group.next_step - 1),
+        )
+
+    # ------------------------------------------------------------------ groups
+
+    def open_group(self, request: OpenGroupRequest, now: float) -> OpenGroupResponse:
+        """Declare a table group; the same on every member.
+
+        Raises:
+            RequestRefused: NAME, MISSING_FIELD, HYPER_PARAMETER.
+            TensorMismatch: TENSOR_MISMATCH, naming the first tensor that differs.
+            StateRefused: SCHEMA, QUOTA.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        member = self._members.need(request.request.client_id)
+        group = self._groups.open(request.spec)
+        self._clocks.enter(group, member.client_id)
+        return OpenGroupResponse(
+            group=group.number,
+            position=self._position(group, member.client_id),
+            initialised=group.initialised,
+            init_attempt=group.init_attempt,
+        )
+
+    def await_init(self, request: AwaitInitRequest, now: float) -> AwaitInitResponse | Wait:
+        """First values are there, or the caller is to assign them, or wait.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        return self._groups.await_init(request.request.client_id, request.group)
+
+    def commit_init(self, request: CommitInitRequest, now: float) -> CommitInitResponse:
+        """Take the owner's word that first values are in every partition.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP.
+            Retryable: INITIALISING, they are somebody else's, or under another attempt.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        self._groups.commit_init(request.request.client_id, request.group, request.init_attempt)
+        return CommitInitResponse()
+
+    # ------------------------------------------------------------------ steps
+
+    def ready(self, request: ReadyRequest, now: float) -> ReadyResponse | Wait:
+        """Take note of a staged contribution; answer the step's decision, or wait.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP, WEIGHT, HYPER_PARAMETER, SEQ_REUSED.
+            StateRefused: SCHEMA, STEP_OUT_OF_RANGE, LEASE, QUOTA.
+            Fenced: EVICTED, NOT_MEMBER; never for a decided step.
+        """
+        self._desk.now = now
+        answer = self._steps.ready(request)
+        self._leases.settle()
+        return answer
+
+    def clip(self, request: ClipRequest, now: float) -> ClipResponse | Wait:
+        """Take squared norms of a decided step; answer its record with the factor, or wait.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP, WRONG_PARTITION, NON_FINITE.
+            StateRefused: SCHEMA, STEP_OUT_OF_RANGE.
+        """
+        self._desk.now = now
+        return self._clips.clip(request)
+
+    def get_steps(self, request: GetStepsRequest, now: float) -> GetStepsResponse:
+        """Decided steps, for a partition that lacks them.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP.
+            StateRefused: STEP_OUT_OF_RANGE, forgotten.
+        """
+        self._desk.now = now
+        return self._steps.get_steps(request.group, request.first, request.limit)
+
+    def report_missing(self, request: ReportMissingRequest, now: float) -> ReportMissingResponse:
+        """Say which contributions a partition may go without.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP.
+            StateRefused: SCHEMA, STEP_OUT_OF_RANGE.
+        """
+        self._desk.now = now
+        return self._clips.report_missing(request)
+
+    def clock(self, request: ClockRequest, now: float) -> ClockResponse | Wait:
+        """Take note of a finished clock; answer when the next may start.
+
+        Raises:
+            RequestRefused: UNKNOWN_GROUP, CLOCK, WRONG_PARTITION.
+            StateRefused: SCHEMA, LEASE.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        answer = self._clocks.clock(request)
+        self._leases.settle()
+        return answer
+
+    # ------------------------------------------------------------------ data
+
+    def lease(self, request: LeaseRequest, now: float) -> LeaseResponse | Wait:
+        """Hand out samples of an epoch, say that it is over, or wait.
+
+        Raises:
+            RequestRefused: NAME, MISSING_FIELD.
+            StateRefused: SCHEMA, QUOTA.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        answer = self._leases.lease(request)
+        self._settle()
+        return answer
+
+    def return_leases(self, request: ReturnLeasesRequest, now: float) -> ReturnLeasesResponse:
+        """Take back samples that were not trained on; those not held are ignored.
+
+        Raises:
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        self._leases.return_leases(request)
+        return ReturnLeasesResponse()
+
+    # ------------------------------------------------------------------ small things
+
+    def put_state(self, request: PutStateRequest, now: float) -> PutStateResponse:
+        """Keep a value unless a higher version is kept.
+
+        Raises:
+            RequestRefused: NAME, MISSING_FIELD, STATE_TOO_LARGE.
+            StateRefused: QUOTA.
+            Fenced: EVICTED.
+        """
+        self._desk.now = now
+        return PutStateResponse(version=self._small.put(request))
+
+    def get_state(self, request: GetStateRequest, now: float) -> GetStateResponse:
+        """The value kept under a key.
+
+        Raises:
+            RequestRefused: NAME.
+        """
+        self._desk.now = now
+        return self._small.get(request.key)
+
+    def gather(self, request: GatherRequest, now: float) -> GatherResponse | Wait:
+        """Bring values to a barrier or mean; answer when everybody is there.
+
+        Raises:
+            RequestRefused: NAME, WEIGHT, SEQ_REUSED.
+            StateRefused: QUOTA, SCHEMA, STEP_OUT_OF_RANGE.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        return self._gathers.gather(request)
+
+    def report(self, request: ReportRequest, now: float) -> ReportResponse:
+        """Note figures, for people.
+
+        Raises:
+            RequestRefused: NAME.
+            StateRefused: QUOTA.
+            Fenced: EVICTED, NOT_MEMBER.
+        """
+        self._desk.now = now
+        self._figures.report(request)
+        return ReportResponse()
+
+    def status(self, now: float) -> LedgerStatusResponse:
+        """What psctl and ps-run show."""
+        self._desk.now = now
+        response = self._status.response()
+        response.figures.extend(self._figures.mean())
+        response.lsn = self.lsn
+        return response
+
+
+def _copy(config: JobConfig) -> JobConfig:
+    fresh = JobConfig()
+    fresh.CopyFrom(config)
+    return fresh
