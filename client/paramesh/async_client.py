@@ -110,7 +110,7 @@ class AsyncClient:
         request = co.RegisterClientRequest(
             request=make_header(job),
             incarnation=secrets.randbits(63) | 1,
-            slot=slot or f"{os.getpid()}@{hostname}/{secrets.token_hex(3)}",
+            slot=slot or f"{hostname}/{os.getpid()}.{secrets.token_hex(3)}",
             host=host,
             host_incarnation=host_incarnation,
             host_id=hostname,
