@@ -51,21 +51,30 @@ class Stage(enum.StrEnum):
     DONE = "done"
 
 
-# The legal moves. A dead node lives again only when the very process that fell silent is
-# heard again; nothing brings back one whose death is certain (`moved` cannot know that,
-# `membership` does). An evicted client never returns: it registers as a new one.
-_MOVES: dict[enum.StrEnum, frozenset[enum.StrEnum]] = {
-    NodeState.LIVE: frozenset({NodeState.DEAD, NodeState.LEFT}),
-    NodeState.DEAD: frozenset({NodeState.LIVE}),
-    NodeState.LEFT: frozenset(),
-    ClientState.LIVE: frozenset({ClientState.LEFT, ClientState.EVICTED}),
-    ClientState.LEFT: frozenset(),
-    ClientState.EVICTED: frozenset(),
-    PartitionState.ONLINE: frozenset({PartitionState.OFFLINE}),
-    PartitionState.OFFLINE: frozenset({PartitionState.ONLINE}),
-    Stage.EVICT: frozenset({Stage.FENCE}),
-    Stage.FENCE: frozenset({Stage.DONE}),
-    Stage.DONE: frozenset(),
+# The legal moves, by enum: members of two StrEnums with one value would share a key. A
+# dead node lives again only when the very process that fell silent is heard again; nothing
+# brings back one whose death is certain (`membership` sees to that). An evicted client
+# never returns: it registers as a new one.
+_MOVES: dict[type[enum.StrEnum], dict[enum.StrEnum, frozenset[enum.StrEnum]]] = {
+    NodeState: {
+        NodeState.LIVE: frozenset({NodeState.DEAD, NodeState.LEFT}),
+        NodeState.DEAD: frozenset({NodeState.LIVE}),
+        NodeState.LEFT: frozenset(),
+    },
+    ClientState: {
+        ClientState.LIVE: frozenset({ClientState.LEFT, ClientState.EVICTED}),
+        ClientState.LEFT: frozenset(),
+        ClientState.EVICTED: frozenset(),
+    },
+    PartitionState: {
+        PartitionState.ONLINE: frozenset({PartitionState.OFFLINE}),
+        PartitionState.OFFLINE: frozenset({PartitionState.ONLINE}),
+    },
+    Stage: {
+        Stage.EVICT: frozenset({Stage.FENCE}),
+        Stage.FENCE: frozenset({Stage.DONE}),
+        Stage.DONE: frozenset(),
+    },
 }
 
 StateT = typing.TypeVar("StateT", bound=enum.StrEnum)
@@ -77,7 +86,7 @@ def moved(old: StateT, new: StateT) -> StateT:
     Raises:
         ValueError: it is not; a bug in the decision that asked for it.
     """
-    if type(old) is not type(new) or new not in _MOVES[old]:
+    if type(old) is not type(new) or new not in _MOVES[type(old)][old]:
         raise ValueError(f"illegal move {type(old).__name__} {old} -> {new}")
     return new
 
@@ -326,7 +335,7 @@ def decode(key: str, data: bytes) -> Row:
     try:
         fields = json.loads(data)
         return cls(**{name: _typed(_HINTS[cls][name], value) for name, value in fields.items()})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"row {key!r} in the store cannot be read: {error}") from error
 
 

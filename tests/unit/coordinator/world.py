@@ -1,0 +1,168 @@
+"""A coordinator's brain with a store in memory, and the invariants checked after every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from paramesh.routing import cut
+from paramesh.v1 import types_pb2 as pb
+from paramesh_coordinator import catalog, membership, operators
+from paramesh_coordinator.config import CoordinatorConfig
+from paramesh_coordinator.driver import fresh_job
+from paramesh_coordinator.rows import (
+    ClientRow,
+    ClientState,
+    EventRow,
+    HostRow,
+    JobRow,
+    NodeState,
+    OperationRow,
+    PartitionRow,
+    PartitionState,
+    Ref,
+    ServerRow,
+    TableRow,
+    decode,
+    encode,
+)
+from paramesh_coordinator.state import ClusterState, Draft, Effect, build_map
+from paramesh_coordinator.store import MemoryStore
+from paramesh_coordinator.store.memory import MemoryMedium
+
+T = TypeVar("T")
+
+LIMITS = catalog.Limits(table_bytes=1 << 40, partitions=1 << 16)
+
+
+def table_spec(name: str = "g0/0", elements: int = 1000, partition_bytes: int = 1024) -> pb.TableSpec:
+    """A table of one fp32 vector; about `elements * 4 / partition_bytes` partitions."""
+    return pb.TableSpec(
+        name=name,
+        group="g0",
+        tensors=[pb.TensorSpec(name="w", shape=[elements], dtype=pb.DTYPE_FLOAT32)],
+        optimizer=pb.OptimizerSpec(class_name="SGD"),
+        partition_bytes=partition_bytes,
+    )
+
+
+class World:
+    """Takes decisions as the driver does, with no clock, thread or socket."""
+
+    def __init__(self, min_servers: int = 1, medium: MemoryMedium | None = None) -> None:
+        self.min_servers = min_servers
+        self.medium = medium or MemoryMedium()
+        self.restart()
+        if self.state.job.map_version == 0:
+            self.store.transact({}, {JobRow.PREFIX: encode(self.state.job)})
+        self.effects: list[Effect] = []
+
+    def restart(self) -> None:
+        """A coordinator that starts on the same store."""
+        self.store = MemoryStore(self.medium)
+        self.state = ClusterState.load(self.store.scan(""), fresh_job(CoordinatorConfig()))
+
+    def do(self, decision: Callable[[Draft], T]) -> T:
+        """Decide, commit, apply; check every invariant on the way."""
+        draft = Draft(self.state, self.store.term, 0)
+        result = decision(draft)
+        before = _picture(self.state)
+        if draft.writes:
+            self.store.transact(draft.compare, draft.encoded())
+            self.state.apply(draft.writes)
+        self.effects = draft.effects
+        self._check(before)
+        return result
+
+    # --- events, in few words ---
+
+    def server(self, name: str, incarnation: int = 1, *, replace: bool = False, gone: bool = False) -> None:
+        hello = ServerRow(name, incarnation, f"{name}:1", f"{name}:2", "h", "0", b"\x01\xff", 0)
+        self.do(
+            lambda d: membership.register_server(
+                d, hello, replace=replace, old_is_gone=gone, min_servers=self.min_servers
+            )
+        )
+
+    def host(self, name: str, incarnation: int = 1, *, replace: bool = False) -> None:
+        self.do(lambda d: membership.register_host(d, HostRow(name, incarnation, "h", 2), replace=replace))
+
+    def client(
+        self, slot: str, incarnation: int, host: str = "", host_incarnation: int = 1, role: str = "worker"
+    ) -> int:
+        hello = membership.ClientHello(incarnation, slot, host, host_incarnation if host else 0, "h", role)
+        return self.do(lambda d: membership.register_client(d, hello))
+
+    def table(self, spec: pb.TableSpec | None = None, limits: catalog.Limits = LIMITS) -> TableRow:
+        spec = spec or table_spec()
+        catalog.admit(spec, limits)
+        sizes = [layout.nbytes for layout in cut(spec)]
+        return self.do(lambda d: catalog.create_table(d, spec, sizes, limits))
+
+    def confirm_everything(self) -> list[operators.Call]:
+        """Let every server confirm every call, until nothing is pending or can be done."""
+        made: list[operators.Call] = []
+        for _ in range(1000):
+            calls = [c for op in self.state.operations() for c in operators.next_calls(op, self.state)]
+            for call in calls:
+                made.append(call)
+                self.do(lambda d, c=call: operators.confirm(d, c))
+            for op in self.state.operations():
+                if operators.finished(op, self.state):
+                    self.do(lambda d, o=op: operators.finish(d, o))
+            if not calls:
+                return made
+        raise AssertionError("operations never end")
+
+    # --- looks ---
+
+    def partitions(self) -> list[PartitionRow]:
+        return [row for _, row in sorted(self.state.rows(PartitionRow).items())]
+
+    def servers(self) -> dict[Ref, ServerRow]:
+        return {row.ref: row for row in self.state.rows(ServerRow).values()}
+
+    def client_row(self, client_id: int) -> ClientRow:
+        row = self.state.client(client_id)
+        assert row is not None
+        return row
+
+    def events(self) -> list[EventRow]:
+        return [row for k, v in self.store.scan(EventRow.PREFIX) if isinstance(row := decode(k, v), EventRow)]
+
+    # --- invariants ---
+
+    def _check(self, before: dict[str, Any]) -> None:
+        after = _picture(self.state)
+        assert ClusterState.load(self.store.scan(""), self.state.job) == self.state, "memory and store part ways"
+        live = {row.ref for row in self.state.live_servers()}
+        names = [row.name for row in self.state.live_servers()]
+        assert len(names) == len(set(names)), "two live processes of one name"
+        for row in self.partitions():
+            # 22: each partition has exactly one owner or is OFFLINE.
+            assert (row.primary in live) == (row.state is PartitionState.ONLINE), row
+            assert row.primary in self.servers(), "the map must be able to say why it is offline"
+        for partition, epoch in _epochs(before).items():
+            assert _epochs(after)[partition] >= epoch, "4: epochs only rise"
+        assert after["version"] >= before["version"], "the version only rises"
+        if before["map"] != after["map"]:
+            assert after["version"] > before["version"], "watchers would miss the change"
+        for row in self.state.rows(ClientRow).values():
+            if row.state is ClientState.LIVE and row.host:
+                host = self.state.rows(HostRow)[f"host/{row.host}"]
+                assert host.state is NodeState.LIVE, "a client lived on after its host"
+
+
+def _picture(state: ClusterState) -> dict[str, Any]:
+    shown = build_map(state, 0)
+    version, shown.version = shown.version, 0
+    return {"map": shown, "version": version}
+
+
+def _epochs(picture: dict[str, Any]) -> dict[int, int]:
+    return {row.id: row.epoch for row in picture["map"].partitions}
+
+
+def pending(world: World) -> list[OperationRow]:
+    """Operations not finished."""
+    return world.state.operations()
