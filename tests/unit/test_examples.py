@@ -124,9 +124,8 @@ def test_it_runs_alone_and_learns(name: str, folder: str) -> None:
     CHECKS[name](run(EXAMPLES / folder / f"{name}.py", *SHORT[name]))
 
 
-@pytest.mark.parametrize("name", ["digits", "linear_regression"])
-def test_seeds_make_runs_repeatable(name: str) -> None:
+def test_seeds_make_runs_repeatable() -> None:
     def results() -> str:
-        return re.sub(r"after [\d.]+ s", "", run(EXAMPLES / "plain" / f"{name}.py", *SHORT[name]))
+        return re.sub(r"after [\d.]+ s", "", run(EXAMPLES / "plain" / "digits.py", "--epochs", "1"))
 
     assert results() == results()
