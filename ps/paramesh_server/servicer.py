@@ -116,14 +116,20 @@ class DataPlane:
     ) -> Sequence[ps.PartitionOutcome]:
         """Handle each partition as soon as its last frame is here."""
         client = 0
+        committed: list[pb.StepRecord] = []
         tasks: list[asyncio.Task[ps.PartitionOutcome]] = []
         try:
             async for framed in requests:
                 if not client:
                     self.check(framed.header.request)
                     client = _client(framed.header.request)
+                if isinstance(framed.header, ps.PushHeader) and not framed.header.HasField("frame"):
+                    committed.extend(framed.header.committed)  # a preamble: for all partitions that follow
+                    continue
                 done = gathering.take(framed)
                 if done is not None:
+                    if isinstance(done.first, ps.PushHeader):
+                        done.first.committed.extend(committed)
                     tasks.append(self._spawn(self._outcome(client, done, handle)))
             for rest in gathering.unfinished():
                 tasks.append(self._spawn(self._outcome(client, rest, handle)))
