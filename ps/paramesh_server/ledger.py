@@ -14,49 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from paramesh.v1.ledger_pb2 import (
-    ACTIVITY_ACTIVE,
-    AwaitInitRequest,
-    AwaitInitResponse,
-    ClipRequest,
-    ClipResponse,
-    ClockRequest,
-    ClockResponse,
-    CommitInitRequest,
-    CommitInitResponse,
-    GatherRequest,
-    GatherResponse,
-    GetStateRequest,
-    GetStateResponse,
-    GetStepsRequest,
-    GetStepsResponse,
-    GroupPosition,
-    JoinRequest,
-    JoinResponse,
-    LeaseRequest,
-    LeaseResponse,
-    LeaveRequest,
-    LeaveResponse,
-    LedgerStatusResponse,
-    OpenGroupRequest,
-    OpenGroupResponse,
-    PutStateRequest,
-    PutStateResponse,
-    ReadyRequest,
-    ReadyResponse,
-    ReportMissingRequest,
-    ReportMissingResponse,
-    ReportRequest,
-    ReportResponse,
-    ReturnLeasesRequest,
-    ReturnLeasesResponse,
-    SetActivityRequest,
-    SetActivityResponse,
-)
+from paramesh.v1 import ledger_pb2 as pb
 from paramesh.v1.types_pb2 import JobConfig
 
 from paramesh_server.ledger_clip import Clips
 from paramesh_server.ledger_clocks import Clocks
+from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Groups, GroupState
 from paramesh_server.ledger_leases import Leases
 from paramesh_server.ledger_log import Desk, Key, Record, Wait, digest
@@ -83,14 +46,15 @@ class Ledger:
         self._desk = Desk(_copy(config), sink)
         self._members = Members(self._desk)
         self._groups = Groups(self._desk, self._members)
-        self._leases = Leases(self._desk, self._members, self._groups)
-        self._steps = Steps(self._desk, self._members, self._groups, self._leases)
+        self._epochs = Epochs(self._desk, self._members)
+        self._leases = Leases(self._desk, self._members, self._groups, self._epochs)
+        self._steps = Steps(self._desk, self._members, self._groups, self._epochs)
         self._clips = Clips(self._desk, self._members, self._steps)
-        self._clocks = Clocks(self._desk, self._members, self._groups, self._leases)
+        self._clocks = Clocks(self._desk, self._members, self._groups, self._epochs)
         self._small = SmallState(self._desk, self._members)
         self._gathers = Gathers(self._desk, self._members)
         self._figures = Figures(self._desk, self._members)
-        self._status = Status(self._members, self._groups, self._steps, self._clocks, self._leases)
+        self._status = Status(self._members, self._groups, self._steps, self._clocks, self._epochs)
 
     # ------------------------------------------------------------------ driving
 
@@ -113,12 +77,14 @@ class Ledger:
         """Act on time alone: gathers that ran out, members over the step timeout."""
         self._desk.now = now
         self._steps.tick()
+        self._leases.tick()
         self._settle()
 
     def next_deadline(self) -> float | None:
         """When `tick` may find something to do; None: not before the next call."""
-        times = [t for t in (self._steps.next_deadline(), self._groups.next_deadline()) if t is not None]
-        return min(times, default=None)
+        parts = (self._steps, self._groups, self._leases)
+        times = (part.next_deadline() for part in parts)
+        return min((time for time in times if time is not None), default=None)
 
     def update_config(self, config: JobConfig, now: float) -> None:
         """Adopt the job's settings as the map has them now."""
@@ -143,7 +109,7 @@ class Ledger:
             [
                 self._members.state,
                 self._groups.state,
-                self._leases.state,
+                self._epochs.state,
                 self._small.state,
                 self._gathers.state,
             ]
@@ -158,7 +124,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ members
 
-    def join(self, request: JoinRequest, now: float) -> JoinResponse:
+    def join(self, request: pb.JoinRequest, now: float) -> pb.JoinResponse:
         """Make a client a member; a member keeps its rank.
 
         Raises:
@@ -168,19 +134,19 @@ class Ledger:
         self._desk.now = now
         member = self._members.join(request)
         self._settle()
-        return JoinResponse(
+        return pb.JoinResponse(
             rank=member.rank,
             world_size=self._members.world_size(),
             groups=self._positions(member.client_id),
             config=self._desk.config,
         )
 
-    def leave(self, request: LeaveRequest, now: float) -> LeaveResponse:
+    def leave(self, request: pb.LeaveRequest, now: float) -> pb.LeaveResponse:
         """Take a member out gracefully; its leases return. No member: nothing to do."""
         self._desk.now = now
         if self._members.leave(request.request.client_id):
             self._settle()
-        return LeaveResponse()
+        return pb.LeaveResponse()
 
     def evict(self, client_id: int, why: str, now: float) -> bool:
         """Take a dead client out for ever, member or not.
@@ -201,7 +167,7 @@ class Ledger:
         self._settle()
         return was_member
 
-    def set_activity(self, request: SetActivityRequest, now: float) -> SetActivityResponse:
+    def set_activity(self, request: pb.SetActivityRequest, now: float) -> pb.SetActivityResponse:
         """Make a member ACTIVE, BETWEEN or IDLE; say where every group stands.
 
         Raises:
@@ -210,18 +176,18 @@ class Ledger:
         """
         self._desk.now = now
         member = self._members.need(request.request.client_id)
-        if request.activity == ACTIVITY_ACTIVE:
+        if request.activity == pb.ACTIVITY_ACTIVE:
             self._clocks.enter_all(member.client_id)
         self._members.set_activity(member, request.activity)
         self._settle()
-        return SetActivityResponse(groups=self._positions(member.client_id), world_size=self._members.world_size())
+        return pb.SetActivityResponse(groups=self._positions(member.client_id), world_size=self._members.world_size())
 
-    def _positions(self, client_id: int) -> list[GroupPosition]:
+    def _positions(self, client_id: int) -> list[pb.GroupPosition]:
         return [self._position(group, client_id) for group in self._groups.state.values()]
 
-    def _position(self, group: GroupState, client_id: int) -> GroupPosition:
+    def _position(self, group: GroupState, client_id: int) -> pb.GroupPosition:
         has_clocks = self._clocks.has_clocks(group)
-        return GroupPosition(
+        return pb.GroupPosition(
             group=group.number,
             name=group.spec.name,
             next_step=self._clocks.position(group, client_id) if has_clocks else group.next_step,
@@ -230,7 +196,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ groups
 
-    def open_group(self, request: OpenGroupRequest, now: float) -> OpenGroupResponse:
+    def open_group(self, request: pb.OpenGroupRequest, now: float) -> pb.OpenGroupResponse:
         """Declare a table group; the same on every member.
 
         Raises:
@@ -243,14 +209,14 @@ class Ledger:
         member = self._members.need(request.request.client_id)
         group = self._groups.open(request.spec)
         self._clocks.enter(group, member.client_id)
-        return OpenGroupResponse(
+        return pb.OpenGroupResponse(
             group=group.number,
             position=self._position(group, member.client_id),
             initialised=group.initialised,
             init_attempt=group.init_attempt,
         )
 
-    def await_init(self, request: AwaitInitRequest, now: float) -> AwaitInitResponse | Wait:
+    def await_init(self, request: pb.AwaitInitRequest, now: float) -> pb.AwaitInitResponse | Wait:
         """First values are there, or the caller is to assign them, or wait.
 
         Raises:
@@ -260,7 +226,7 @@ class Ledger:
         self._desk.now = now
         return self._groups.await_init(request.request.client_id, request.group)
 
-    def commit_init(self, request: CommitInitRequest, now: float) -> CommitInitResponse:
+    def commit_init(self, request: pb.CommitInitRequest, now: float) -> pb.CommitInitResponse:
         """Take the owner's word that first values are in every partition.
 
         Raises:
@@ -270,11 +236,11 @@ class Ledger:
         """
         self._desk.now = now
         self._groups.commit_init(request.request.client_id, request.group, request.init_attempt)
-        return CommitInitResponse()
+        return pb.CommitInitResponse()
 
     # ------------------------------------------------------------------ steps
 
-    def ready(self, request: ReadyRequest, now: float) -> ReadyResponse | Wait:
+    def ready(self, request: pb.ReadyRequest, now: float) -> pb.ReadyResponse | Wait:
         """Take note of a staged contribution; answer the step's decision, or wait.
 
         Raises:
@@ -287,7 +253,7 @@ class Ledger:
         self._leases.settle()
         return answer
 
-    def clip(self, request: ClipRequest, now: float) -> ClipResponse | Wait:
+    def clip(self, request: pb.ClipRequest, now: float) -> pb.ClipResponse | Wait:
         """Take squared norms of a decided step; answer its record with the factor, or wait.
 
         Raises:
@@ -297,7 +263,7 @@ class Ledger:
         self._desk.now = now
         return self._clips.clip(request)
 
-    def get_steps(self, request: GetStepsRequest, now: float) -> GetStepsResponse:
+    def get_steps(self, request: pb.GetStepsRequest, now: float) -> pb.GetStepsResponse:
         """Decided steps, for a partition that lacks them.
 
         Raises:
@@ -307,7 +273,7 @@ class Ledger:
         self._desk.now = now
         return self._steps.get_steps(request.group, request.first, request.limit)
 
-    def report_missing(self, request: ReportMissingRequest, now: float) -> ReportMissingResponse:
+    def report_missing(self, request: pb.ReportMissingRequest, now: float) -> pb.ReportMissingResponse:
         """Say which contributions a partition may go without.
 
         Raises:
@@ -317,7 +283,7 @@ class Ledger:
         self._desk.now = now
         return self._clips.report_missing(request)
 
-    def clock(self, request: ClockRequest, now: float) -> ClockResponse | Wait:
+    def clock(self, request: pb.ClockRequest, now: float) -> pb.ClockResponse | Wait:
         """Take note of a finished clock; answer when the next may start.
 
         Raises:
@@ -332,7 +298,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ data
 
-    def lease(self, request: LeaseRequest, now: float) -> LeaseResponse | Wait:
+    def lease(self, request: pb.LeaseRequest, now: float) -> pb.LeaseResponse | Wait:
         """Hand out samples of an epoch, say that it is over, or wait.
 
         Raises:
@@ -345,7 +311,7 @@ class Ledger:
         self._settle()
         return answer
 
-    def return_leases(self, request: ReturnLeasesRequest, now: float) -> ReturnLeasesResponse:
+    def return_leases(self, request: pb.ReturnLeasesRequest, now: float) -> pb.ReturnLeasesResponse:
         """Take back samples that were not trained on; those not held are ignored.
 
         Raises:
@@ -353,11 +319,12 @@ class Ledger:
         """
         self._desk.now = now
         self._leases.return_leases(request)
-        return ReturnLeasesResponse()
+        self._settle()
+        return pb.ReturnLeasesResponse()
 
     # ------------------------------------------------------------------ small things
 
-    def put_state(self, request: PutStateRequest, now: float) -> PutStateResponse:
+    def put_state(self, request: pb.PutStateRequest, now: float) -> pb.PutStateResponse:
         """Keep a value unless a higher version is kept.
 
         Raises:
@@ -366,9 +333,9 @@ class Ledger:
             Fenced: EVICTED.
         """
         self._desk.now = now
-        return PutStateResponse(version=self._small.put(request))
+        return pb.PutStateResponse(version=self._small.put(request))
 
-    def get_state(self, request: GetStateRequest, now: float) -> GetStateResponse:
+    def get_state(self, request: pb.GetStateRequest, now: float) -> pb.GetStateResponse:
         """The value kept under a key.
 
         Raises:
@@ -377,7 +344,7 @@ class Ledger:
         self._desk.now = now
         return self._small.get(request.key)
 
-    def gather(self, request: GatherRequest, now: float) -> GatherResponse | Wait:
+    def gather(self, request: pb.GatherRequest, now: float) -> pb.GatherResponse | Wait:
         """Bring values to a barrier or mean; answer when everybody is there.
 
         Raises:
@@ -388,7 +355,7 @@ class Ledger:
         self._desk.now = now
         return self._gathers.gather(request)
 
-    def report(self, request: ReportRequest, now: float) -> ReportResponse:
+    def report(self, request: pb.ReportRequest, now: float) -> pb.ReportResponse:
         """Note figures, for people.
 
         Raises:
@@ -398,9 +365,9 @@ class Ledger:
         """
         self._desk.now = now
         self._figures.report(request)
-        return ReportResponse()
+        return pb.ReportResponse()
 
-    def status(self, now: float) -> LedgerStatusResponse:
+    def status(self, now: float) -> pb.LedgerStatusResponse:
         """What psctl and ps-run show."""
         self._desk.now = now
         response = self._status.response()

@@ -20,8 +20,8 @@ from paramesh.v1.ledger_pb2 import (
     Floor,
 )
 
+from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Floors, Groups, GroupState
-from paramesh_server.ledger_leases import Leases
 from paramesh_server.ledger_log import ActivitySet, ClockEntered, ClockFinished, Desk, Left, Wait
 from paramesh_server.ledger_members import Members
 
@@ -29,11 +29,11 @@ from paramesh_server.ledger_members import Members
 class Clocks:
     """Bounds how far members of an ssp group drift."""
 
-    def __init__(self, desk: Desk, members: Members, groups: Groups, leases: Leases):
+    def __init__(self, desk: Desk, members: Members, groups: Groups, epochs: Epochs):
         self._desk = desk
         self._members = members
         self._groups = groups
-        self._leases = leases
+        self._epochs = epochs
         self.widest: dict[int, int] = {}
         """For each group, the widest gap between a started clock and the slowest live member.
         Volatile, for people and tests."""
@@ -122,7 +122,7 @@ class Clocks:
     def _finish(self, group: GroupState, request: ClockRequest) -> None:
         client_id = request.request.client_id
         self._check_floors(group, request)
-        self._leases.check_held(client_id, request.samples)
+        self._epochs.check_held(client_id, request.samples)
         member = self._members.need(client_id)
         if member.activity != ACTIVITY_ACTIVE:
             self._members.set_activity(member, ACTIVITY_ACTIVE)
@@ -181,7 +181,7 @@ class Clocks:
             told = {floor.partition: (floor.epoch, floor.lsn) for floor in body.floors}
             raise_floors(group.floors.setdefault(body.finished - 1, {}), told)
             self._fold(group)
-        self._leases.consume(body.client_id, body.consumed)
+        self._epochs.consume(body.client_id, body.consumed)
         if self.bounds(group)[0] != before:
             self._desk.wake(("clock", body.group))
 

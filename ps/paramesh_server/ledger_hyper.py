@@ -62,9 +62,11 @@ def difference(committed: Settings, wanted: Settings) -> list[TableHyperParamete
     return [TableHyperParameters(table_id=table, hyper_parameters=settings) for table, settings in changed.items()]
 
 
-def first_disagreement(holding: Settings, other: Settings) -> Setting | None:
-    """A setting that both name and that differs; None if they agree."""
-    for key, setting in other.items():
-        if key in holding and holding[key] != setting:
-            return key
+def first_disagreement(views: Mapping[int, Settings], leader: int) -> tuple[int, Setting] | None:
+    """A member, and a setting that it has otherwise than the leader; None if all agree."""
+    holding = views[leader]
+    for client_id, view in views.items():
+        for key, setting in view.items():
+            if key in holding and holding[key] != setting:
+                return client_id, key
     return None

@@ -188,6 +188,8 @@ class Dealt:
 
     key: EpochKey
     owners: tuple[int, ...]
+    absent: tuple[int, ...] = ()
+    """Members that nobody waits for any more in this epoch, until they lease from it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -211,11 +213,13 @@ class Returned:
     key: EpochKey
     client_id: int
     chunks: tuple[int, ...]
+    gone: bool
+    """Its loop is over: it gets no share until it leases from this epoch again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MovedOn:
-    """A member leases from this epoch, and is done with earlier ones of the dataset."""
+    """A member leases from this epoch, is back in it, and is done with earlier ones."""
 
     key: EpochKey
     client_id: int

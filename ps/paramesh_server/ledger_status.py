@@ -5,8 +5,8 @@ from __future__ import annotations
 from paramesh.v1.ledger_pb2 import Activity, EpochStatus, GroupStatus, LedgerStatusResponse, Member
 
 from paramesh_server.ledger_clocks import Clocks
+from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Groups, GroupState
-from paramesh_server.ledger_leases import Leases
 from paramesh_server.ledger_members import Members
 from paramesh_server.ledger_steps import Steps
 
@@ -14,12 +14,12 @@ from paramesh_server.ledger_steps import Steps
 class Status:
     """Answers LedgerStatus out of all parts."""
 
-    def __init__(self, members: Members, groups: Groups, steps: Steps, clocks: Clocks, leases: Leases):
+    def __init__(self, members: Members, groups: Groups, steps: Steps, clocks: Clocks, epochs: Epochs):
         self._members = members
         self._groups = groups
         self._steps = steps
         self._clocks = clocks
-        self._leases = leases
+        self._epochs = epochs
 
     def response(self) -> LedgerStatusResponse:
         """All but figures and lsn."""
@@ -28,7 +28,7 @@ class Status:
             groups=[self._group(group) for group in self._groups.state.values()],
             epochs=[
                 EpochStatus(dataset=e.key[0], epoch=e.key[1], length=e.limit, consumed=e.consumed)
-                for _, e in sorted(self._leases.state.epochs.items())
+                for _, e in sorted(self._epochs.state.epochs.items())
             ],
             evictions=self._members.state.evictions,
             phase=self.phase(),

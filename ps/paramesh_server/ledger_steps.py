@@ -1,6 +1,6 @@
 """Decisions of synchronous steps. Pure.
 
-    answer = steps.ready(request)      # ReadyResponse, or Wait
+    answer = steps.ready(request)      # pb.ReadyResponse, or Wait
     steps.settle()                     # decides what can be decided
     steps.tick()                       # gathers that ran out, members that never get ready
 
@@ -17,21 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paramesh.errors import refuse
-from paramesh.v1.ledger_pb2 import (
-    ACTIVITY_ACTIVE,
-    ACTIVITY_BETWEEN,
-    ACTIVITY_IDLE,
-    MODE_LOCAL,
-    MODE_SYNC,
-    GetStepsResponse,
-    ReadyRequest,
-    ReadyResponse,
-)
+from paramesh.v1 import ledger_pb2 as pb
 from paramesh.v1.types_pb2 import Contributor, StepRecord
 
 from paramesh_server import ledger_hyper
+from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Groups, GroupState
-from paramesh_server.ledger_leases import Leases
 from paramesh_server.ledger_log import ActivitySet, Desk, HyperNoted, Key, Left, StepDecided, Wait
 from paramesh_server.ledger_members import Members, MemberState
 
@@ -54,7 +45,7 @@ MIN_WEIGHT = 1e-30
 class _Round:
     """Readys of the undecided step of one group. Volatile."""
 
-    pending: dict[int, ReadyRequest] = field(default_factory=dict)
+    pending: dict[int, pb.ReadyRequest] = field(default_factory=dict)
     """By client, in order of arrival; without headers."""
     first_at: float = 0.0
     """Seconds of the first Ready; meaningful while `pending` is not empty."""
@@ -69,11 +60,11 @@ class _Round:
 class Steps:
     """Decides the steps of every sync and local group."""
 
-    def __init__(self, desk: Desk, members: Members, groups: Groups, leases: Leases):
+    def __init__(self, desk: Desk, members: Members, groups: Groups, epochs: Epochs):
         self._desk = desk
         self._members = members
         self._groups = groups
-        self._leases = leases
+        self._epochs = epochs
         self._rounds: dict[int, _Round] = {}
         desk.on(StepDecided, self._apply_decided)
         desk.on(HyperNoted, self._apply_noted)
@@ -91,13 +82,13 @@ class Steps:
             StateRefused: SCHEMA, it has clocks, not steps.
         """
         group = self._groups.get(number)
-        if group.spec.mode not in (MODE_SYNC, MODE_LOCAL):
+        if group.spec.mode not in (pb.MODE_SYNC, pb.MODE_LOCAL):
             raise refuse("SCHEMA", f"group {group.spec.name} trains without common steps", group=group.spec.name)
         return group
 
     # ------------------------------------------------------------------ Ready
 
-    def ready(self, request: ReadyRequest) -> ReadyResponse | Wait:
+    def ready(self, request: pb.ReadyRequest) -> pb.ReadyResponse | Wait:
         """Take note of a staged contribution; answer the decision, or wait for it.
 
         Raises:
@@ -132,25 +123,25 @@ class Steps:
             lambda: self.waiting_for(group) if group.next_step == step else (),
         )
 
-    def _decided(self, group: GroupState, request: ReadyRequest) -> ReadyResponse:
+    def _decided(self, group: GroupState, request: pb.ReadyRequest) -> pb.ReadyResponse:
         record = self.record(group, request.step)
         client_id = request.request.client_id
         included = any(c.client_id == client_id for c in record.contributors)
         if not included and self._members.get(client_id) is not None:
             # TOO_LATE: the samples go to somebody's later step, the settings still hold.
-            self._leases.give_back(client_id, request.samples)
+            self._epochs.give_back(client_id, request.samples)
             self._note_settings(group, client_id, request)
-        return ReadyResponse(record=record, included=included)
+        return pb.ReadyResponse(record=record, included=included)
 
-    def _note_settings(self, group: GroupState, client_id: int, request: ReadyRequest) -> None:
+    def _note_settings(self, group: GroupState, client_id: int, request: pb.ReadyRequest) -> None:
         tables = tuple(request.hyper_parameters)
         ledger_hyper.check(tables)
         known = group.settings.get(client_id, {})
         if ledger_hyper.merged(known, tables) != known:
             self._desk.commit(HyperNoted(group.number, client_id, tables))
 
-    def _accept(self, group: GroupState, member: MemberState, request: ReadyRequest) -> None:
-        plain = ReadyRequest()
+    def _accept(self, group: GroupState, member: MemberState, request: pb.ReadyRequest) -> None:
+        plain = pb.ReadyRequest()
         plain.CopyFrom(request)
         plain.ClearField("request")
         plain.ClearField("applied_through")
@@ -167,13 +158,13 @@ class Steps:
                     step=request.step,
                 )
         self._check(plain, member)
-        if member.activity != ACTIVITY_ACTIVE:
-            self._members.set_activity(member, ACTIVITY_ACTIVE)
+        if member.activity != pb.ACTIVITY_ACTIVE:
+            self._members.set_activity(member, pb.ACTIVITY_ACTIVE)
         if not round_.pending:
             round_.first_at = self._desk.now
         round_.pending[member.client_id] = plain
 
-    def _check(self, request: ReadyRequest, member: MemberState) -> None:
+    def _check(self, request: pb.ReadyRequest, member: MemberState) -> None:
         if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
             raise refuse(
                 "WEIGHT",
@@ -181,7 +172,7 @@ class Steps:
                 weight=request.weight,
             )
         ledger_hyper.check(request.hyper_parameters)
-        self._leases.check_held(member.client_id, request.samples)
+        self._epochs.check_held(member.client_id, request.samples)
 
     # ------------------------------------------------------------------ deciding
 
@@ -211,14 +202,14 @@ class Steps:
             for member in self._members.state.members.values()
             if member.client_id not in round_.pending
             and (
-                member.activity == ACTIVITY_ACTIVE
+                member.activity == pb.ACTIVITY_ACTIVE
                 or (self._gathered(member) and self._desk.now < self._gather_until(group, member))
             )
         ]
 
     @staticmethod
     def _gathered(member: MemberState) -> bool:
-        return member.activity == ACTIVITY_BETWEEN and member.parked is None
+        return member.activity == pb.ACTIVITY_BETWEEN and member.parked is None
 
     def _gather_until(self, group: GroupState, member: MemberState) -> float:
         # From the first Ready, or from when the member fell idle if that was later: a fast
@@ -269,36 +260,22 @@ class Steps:
         if chosen == round_.contributors and not any(r.hyper_parameters for r in round_.pending.values()):
             return round_.disagreed
         members = self._members.state.members
-        views = {
-            client_id: ledger_hyper.merged(
-                group.settings.get(client_id, {}), round_.pending[client_id].hyper_parameters
-            )
-            for client_id in chosen
-        }
+        views = {c: ledger_hyper.merged(group.settings.get(c, {}), round_.pending[c].hyper_parameters) for c in chosen}
         leader = min(chosen, key=lambda client_id: members[client_id].joined_order)
         record.hyper_parameters.extend(ledger_hyper.difference(group.committed, views[leader]))
-        round_.contributors, round_.disagreed = chosen, False
-        for client_id, view in views.items():
-            setting = ledger_hyper.first_disagreement(views[leader], view)
-            if setting is not None:
-                round_.disagreed = True
-                self._report_disagreement(group, members[client_id], members[leader], setting)
-                break
+        other = ledger_hyper.first_disagreement(views, leader)
+        round_.contributors, round_.disagreed = chosen, other is not None
+        if other is not None and not group.disagreements:
+            client_id, (table, name) = other
+            self._desk.notice(
+                f"hyper-parameters differ group={group.spec.name} step={group.next_step} table={table} name={name} "
+                f"rank={members[client_id].rank}; those of rank {members[leader].rank}, the longest-joined, hold"
+            )
         return round_.disagreed
-
-    def _report_disagreement(
-        self, group: GroupState, member: MemberState, leader: MemberState, setting: tuple[int, str]
-    ) -> None:
-        if group.disagreements:
-            return
-        self._desk.notice(
-            f"hyper-parameters differ group={group.spec.name} step={group.next_step} table={setting[0]} "
-            f"name={setting[1]} rank={member.rank}; those of rank {leader.rank}, the longest-joined, hold"
-        )
 
     def _keep_from(self, group: GroupState, round_: _Round) -> int:
         after = group.next_step + 1
-        active = [c for c, m in self._members.state.members.items() if m.activity == ACTIVITY_ACTIVE]
+        active = [c for c, m in self._members.state.members.items() if m.activity == pb.ACTIVITY_ACTIVE]
         applied = min((round_.applied.get(c, after) for c in active), default=after)
         keep = max(min(applied, after - KEEP_STEPS), after - MAX_STEPS)
         return max(keep, group.first_kept)
@@ -322,7 +299,7 @@ class Steps:
             )
         return record
 
-    def get_steps(self, number: int, first: int, limit: int) -> GetStepsResponse:
+    def get_steps(self, number: int, first: int, limit: int) -> pb.GetStepsResponse:
         """Decisions from `first` on, in order, at most `limit` (0: 64).
 
         Raises:
@@ -333,7 +310,9 @@ class Steps:
         if first < group.first_kept:
             self.record(group, first)
         last = min(group.next_step, first + min(limit or KEEP_STEPS, KEEP_STEPS))
-        return GetStepsResponse(records=[group.records[step] for step in range(first, last)], next_step=group.next_step)
+        return pb.GetStepsResponse(
+            records=[group.records[step] for step in range(first, last)], next_step=group.next_step
+        )
 
     # ------------------------------------------------------------------ time
 
@@ -347,11 +326,9 @@ class Steps:
                 if member.client_id in round_.pending:
                     continue
                 if self._gathered(member) and self._desk.now >= self._gather_until(group, member):
-                    self._members.set_activity(member, ACTIVITY_IDLE)
+                    self._members.set_activity(member, pb.ACTIVITY_IDLE)
                 elif self._desk.now >= self._overdue_at(group, member):
-                    self._members.evict(
-                        member.client_id, f"beats, but was not ready for step {group.next_step} in time (step timeout)"
-                    )
+                    self._members.evict(member.client_id, f"not ready for step {group.next_step} in time")
                     self._desk.notice(
                         f"evicted client_id={member.client_id} rank={member.rank} group={group.spec.name} "
                         f"step={group.next_step} reason=step_timeout"
@@ -359,7 +336,7 @@ class Steps:
 
     def _overdue_at(self, group: GroupState, member: MemberState) -> float:
         timeout = self._desk.config.step_timeout_ms / 1000
-        if not timeout or member.activity != ACTIVITY_ACTIVE or not self._members.enough():
+        if not timeout or member.activity != pb.ACTIVITY_ACTIVE or not self._members.enough():
             return math.inf
         return max(self._round(group).first_at, self._members.since(member.client_id)) + timeout
 
@@ -391,7 +368,7 @@ class Steps:
         group.skipped += record.skip
         group.disagreements += body.disagreement
         for client_id, ranges in body.consumed:
-            self._leases.consume(client_id, ranges)
+            self._epochs.consume(client_id, ranges)
         for step in range(group.first_kept, body.keep_from):
             group.records.pop(step, None)
         group.first_kept = body.keep_from
@@ -406,7 +383,7 @@ class Steps:
         self._round(group).contributors = ()
 
     def _apply_activity(self, body: ActivitySet) -> None:
-        if body.activity == ACTIVITY_ACTIVE:
+        if body.activity == pb.ACTIVITY_ACTIVE:
             for group in self._groups.state.values():
                 self._round(group).applied.setdefault(body.client_id, group.next_step)
 
@@ -419,5 +396,5 @@ class Steps:
                 self._desk.wake(key)
 
 
-def _attempt(request: ReadyRequest) -> int:
+def _attempt(request: pb.ReadyRequest) -> int:
     return max((request.attempt, *(o.attempt for o in request.overrides)))
