@@ -161,7 +161,7 @@ class Session:
         self._stop_background()
         old = self.client
         self.client, joined = self.call(
-            _connect_and_join(type(old) if not isinstance(old, AsyncClient) else AsyncClient, self.config, self.rank),
+            _connect_and_join(type(old), self.config, self.rank),
             "the ledger to take this worker back",
             self.config.join_timeout,
         )
