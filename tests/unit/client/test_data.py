@@ -219,10 +219,9 @@ def test_eviction_found_out_by_the_loader():
     cluster = PureCluster()
 
     def work(session):
-        trainer, count = Trainer(session), 0
-        for _ in paramesh.DataLoader(Numbers(400), 4):
+        trainer = Trainer(session)
+        for count, _ in enumerate(paramesh.DataLoader(Numbers(400), 4), 1):
             trainer.step()
-            count += 1
             if count == 5:
                 cluster.evict(session)
                 session.forget_activity()
