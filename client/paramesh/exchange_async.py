@@ -34,10 +34,6 @@ class AsyncExchange(Exchange):
         self.after_pull()
         self.position = position.next_step
 
-    def needs_pull(self, position: ledger_pb2.GroupPosition) -> bool:
-        """A clock is this worker's own: others' steps do not move it."""
-        return self.position is None
-
     async def snapshot_on_loop(self) -> dict[int, Snapshot]:
         """Returns cuts of the partitions, each at its own position in its log."""
         return await self.client.snapshot(self.partitions, group=self.group)
