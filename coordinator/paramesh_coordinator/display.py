@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["draw_event", "draw_status", "draw_tables", "draw_workers"]
+__all__ = ["draw_event", "draw_status", "draw_tables", "draw_workers", "make_console"]
+
+WIDE = 160
+"""Columns when the output is not a terminal: a pipe must not wrap or cut cells."""
 
 SHOWN_CLOSED = 10
 """Of the clients that are over, the newest; `--json` has all."""
@@ -20,6 +23,12 @@ _COLOURS = {
     "live": "green", "online": "green", "active": "green", "between": "yellow", "idle": "yellow", "left": "dim",
     "dead": "bold red", "offline": "bold red", "evicted": "red", "unknown": "yellow",
 }  # fmt: skip
+
+
+def make_console(width: int | None = None) -> Console:
+    """A console that takes names for names: a `[/]` in one is no markup."""
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    return console if width or console.is_terminal else make_console(WIDE)
 
 
 def _state(word: str | None) -> Text:

@@ -14,20 +14,17 @@ from typing import Annotated, Any
 
 import typer
 from paramesh.errors import ParameshError
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from paramesh_coordinator.display import draw_event, draw_status, draw_tables, draw_workers
+from paramesh_coordinator.display import draw_event, draw_status, draw_tables, draw_workers, make_console
 from paramesh_coordinator.inspection import read_events, read_status, read_tables
 
 __all__ = ["main"]
 
 REFRESH_SECONDS = 1.0
 """Two beats: silence and figures do not change faster."""
-
-WIDE = 160
-"""Columns when the output is not a terminal: a pipe must not wrap or cut cells."""
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown"
@@ -107,11 +104,6 @@ def _addresses(coordinator: str) -> list[str]:
     return addresses
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
-
-
 def _run(body: Any) -> None:
     """Run to the end; a refusal is a message and status 1, Ctrl-C and a closed pipe are no errors."""
     try:
@@ -136,12 +128,12 @@ async def _once(read: Read, draw: Callable[[Any], RenderableType], as_json: bool
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        _console().print(draw(found))
+        make_console().print(draw(found))
 
 
 async def _watch(read: Read, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
     """Look again and again; the first look must succeed, later failures are shown and outlived."""
-    console = _console()
+    console = make_console()
     found = await read()
     # Redraws in place on a terminal; a pipe gets one report after the other.
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
@@ -160,7 +152,7 @@ async def _watch(read: Read, draw: Callable[[Any], RenderableType], as_json: boo
 
 
 async def _follow(addresses: Sequence[str], job: str, as_json: bool, watch: bool, limit: int) -> None:
-    console = _console()
+    console = make_console()
     found = await read_events(addresses, job, 0, limit)
     last = 0
     while True:

@@ -140,3 +140,16 @@ def test_help_teaches() -> None:
     text = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
     for phrase in ("ps-server --coordinator", "again with the same --state", "Exit status 2"):
         assert phrase in text
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:0", "127.0.0.1:70000", ",", "127.0.0.1:1,nowhere"])
+@pytest.mark.parametrize("command", ["status", "events"])
+def test_psctl_refuses_a_bad_address(address: str, command: str) -> None:
+    result = CliRunner().invoke(psctl.app, [command, "--coordinator", address])
+    assert result.exit_code == 2
+    assert "psctl: --coordinator: " in result.output
+
+
+def test_psctl_is_told_of_the_cluster_by_the_environment() -> None:
+    result = CliRunner().invoke(psctl.app, ["status"], env={"PARAMESH_COORDINATOR": "nowhere"})
+    assert (result.exit_code, "'nowhere'" in result.output) == (2, True)
