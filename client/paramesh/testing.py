@@ -105,6 +105,9 @@ class Cluster:
         """
         if self._own_directory:
             self._directory = Path(tempfile.mkdtemp(prefix="paramesh-testing-"))
+        # Here, and not on the loop: importing torch for seconds there would stop every beat.
+        import paramesh_server.server  # noqa: F401
+
         try:
             self._io.run(self._start(), START_SECONDS, "the in-process cluster to start")
         except BaseException:
