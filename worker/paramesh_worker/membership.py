@@ -121,8 +121,7 @@ class CoordinatorLink:
         """Stop to beat and say goodbye; a coordinator that is away is not waited for."""
         if self._beating is not None:
             self._beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._beating
+            await asyncio.wait({self._beating}, timeout=1.0)
             request = pb.DeregisterRequest(
                 request=header(self._job, self._generation),
                 kind=pb.NODE_KIND_HOST,
@@ -228,7 +227,9 @@ class CoordinatorLink:
         try:
             while True:
                 try:
-                    answer = await asyncio.wait_for(call.read(), self._timeout_s)
+                    # Not wait_for: before Python 3.12 it may swallow a cancellation, and `close` would hang.
+                    async with asyncio.timeout(self._timeout_s):
+                        answer = await call.read()
                 except TimeoutError:
                     self._rotate()
                     raise refuse("DEADLINE", f"no answer to heartbeats for {self._timeout_s:g} s") from None

@@ -88,7 +88,8 @@ class Process:
         """Ask it to end, kill it when `grace_s` have passed; return its exit code."""
         self.send(number)
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self.exited(), grace_s)
+            async with asyncio.timeout(grace_s):
+                return await self.exited()
         self.kill()
         return await self.exited()
 

@@ -165,7 +165,8 @@ class Supervisor:
                 return verdict.decision
             history = verdict.history
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), verdict.delay_s)
+                async with asyncio.timeout(verdict.delay_s):
+                    await self._stopping.wait()
         return Decision.STOPPED
 
     async def _start(self, nursery: Nursery, index: int, history: SlotHistory) -> Process:
