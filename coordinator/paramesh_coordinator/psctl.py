@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -30,50 +31,90 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown"
 )
 
-Coordinator = Annotated[
-    str,
-    typer.Option(envvar="PARAMESH_COORDINATOR", help="host:port of the coordinator; several with commas between."),
-]
-Job = Annotated[str, typer.Option(envvar="PARAMESH_JOB", help="Name of the cluster.")]
+COORDINATOR_HELP = "host:port of the coordinator; several with commas between."
+JOB_HELP = "Name of the cluster."
+
+Coordinator = Annotated[str | None, typer.Option(help=COORDINATOR_HELP)]
+Job = Annotated[str | None, typer.Option(help=JOB_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; with --watch one line per look.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Look again every second until Ctrl-C.")]
 
 Read = Callable[[], Awaitable[Any]]
 
 
+@dataclass(frozen=True)
+class Target:
+    """Whom to ask: flags before the command, overridden by flags after it."""
+
+    coordinator: str
+    job: str
+
+    def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
+        """Ask with one of `inspection`'s functions."""
+        return read(_addresses(self.coordinator), self.job, *more)
+
+
+def _target(context: typer.Context, coordinator: str | None, job: str | None) -> Target:
+    given: Target = context.obj
+    target = Target(coordinator or given.coordinator, job or given.job)
+    _addresses(target.coordinator)
+    return target
+
+
 @app.callback()
-def describe() -> None:
+def describe(
+    context: typer.Context,
+    coordinator: Annotated[str, typer.Option(envvar="PARAMESH_COORDINATOR", help=COORDINATOR_HELP)] = "127.0.0.1:7070",
+    job: Annotated[str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP)] = "default",
+) -> None:
     """Look at a running Paramesh cluster.
 
-    Name the coordinator with --coordinator or PARAMESH_COORDINATOR. Exit status 1 means that
-    it did not answer or refused; the message says what to check.
+    Name the coordinator with --coordinator (before or after the command) or
+    PARAMESH_COORDINATOR. Exit status 1 means that it did not answer or refused; the message
+    says what to check.
     """
+    context.obj = Target(coordinator, job)
 
 
 @app.command()
 def status(
-    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
 ) -> None:
     """Everything on one page: servers, steps, tables, workers, pending operations."""
-    _show(lambda: read_status(_addresses(coordinator), job), draw_status, as_json, watch)
+    target = _target(context, coordinator, job)
+    _show(lambda: target.read(read_status), draw_status, as_json, watch)
 
 
 @app.command()
 def tables(
-    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
 ) -> None:
     """Tables: schema, size, optimizer, partitions, and on which servers they are."""
-    _show(lambda: read_tables(_addresses(coordinator), job), draw_tables, as_json, watch)
+    target = _target(context, coordinator, job)
+    _show(lambda: target.read(read_tables), draw_tables, as_json, watch)
 
 
 @app.command()
 def workers(
-    coordinator: Coordinator = "127.0.0.1:7070", job: Job = "default", as_json: AsJson = False, watch: Watch = False
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
 ) -> None:
     """Workers: rank, slot, activity, and why those that are gone went."""
+    target = _target(context, coordinator, job)
 
     async def read() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await read_status(_addresses(coordinator), job))["workers"]
+        found: list[dict[str, Any]] = (await target.read(read_status))["workers"]
         return found
 
     _show(read, draw_workers, as_json, watch)
@@ -81,14 +122,15 @@ def workers(
 
 @app.command()
 def events(
-    coordinator: Coordinator = "127.0.0.1:7070",
-    job: Job = "default",
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
     as_json: AsJson = False,
     watch: Watch = False,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest to begin with.")] = 50,
 ) -> None:
     """What the coordinator decided and on what evidence, newest last; --watch follows."""
-    _run(_follow(_addresses(coordinator), job, as_json, watch, limit))
+    _run(_follow(_target(context, coordinator, job), as_json, watch, limit))
 
 
 def _addresses(coordinator: str) -> list[str]:
@@ -151,9 +193,9 @@ async def _watch(read: Read, draw: Callable[[Any], RenderableType], as_json: boo
                 found = {"error": str(error)} if as_json else Text(str(error), style="red")
 
 
-async def _follow(addresses: Sequence[str], job: str, as_json: bool, watch: bool, limit: int) -> None:
+async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> None:
     console = make_console()
-    found = await read_events(addresses, job, 0, limit)
+    found = await target.read(read_events, 0, limit)
     last = 0
     while True:
         for event in found:
@@ -166,7 +208,7 @@ async def _follow(addresses: Sequence[str], job: str, as_json: bool, watch: bool
             return
         await asyncio.sleep(REFRESH_SECONDS)
         try:
-            found = await read_events(addresses, job, last, 1000)
+            found = await target.read(read_events, last, 1000)
         except ParameshError as error:
             typer.echo(f"psctl: {error}", err=True)
             found = []

@@ -98,6 +98,7 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
 def test_the_flags_of_psctl_are_frozen(command: str) -> None:
     expected = {"--coordinator", "--job", "--json", "--watch"} | ({"--limit"} if command == "events" else set())
     assert flags(psctl.app, command) == expected
+    assert flags(psctl.app) == {"--coordinator", "--job"}
 
 
 @pytest.mark.parametrize(
@@ -145,9 +146,10 @@ def test_help_teaches() -> None:
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:0", "127.0.0.1:70000", ",", "127.0.0.1:1,nowhere"])
 @pytest.mark.parametrize("command", ["status", "events"])
 def test_psctl_refuses_a_bad_address(address: str, command: str) -> None:
-    result = CliRunner().invoke(psctl.app, [command, "--coordinator", address])
-    assert result.exit_code == 2
-    assert "psctl: --coordinator: " in result.output
+    for arguments in ([command, "--coordinator", address], ["--coordinator", address, command]):
+        result = CliRunner().invoke(psctl.app, arguments)
+        assert result.exit_code == 2
+        assert "psctl: --coordinator: " in result.output
 
 
 def test_psctl_is_told_of_the_cluster_by_the_environment() -> None:
