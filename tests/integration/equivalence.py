@@ -78,7 +78,7 @@ class Net(torch.nn.Module):
         generator = torch.Generator().manual_seed(5)  # torch's own is shared by the worker threads
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
 
     def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
         hidden = torch.tanh(self.inner(x))

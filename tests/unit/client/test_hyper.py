@@ -46,9 +46,7 @@ def test_numbers_hidden_in_tensors_and_numpy_become_numbers():
     assert group_of(optimizer)["eps"] == 0.25
 
 
-@pytest.mark.parametrize(
-    "value", ["fast", math.inf, math.nan, torch.zeros(2), (0.9, "x"), {"a": 1}], ids=repr
-)
+@pytest.mark.parametrize("value", ["fast", math.inf, math.nan, torch.zeros(2), (0.9, "x"), {"a": 1}], ids=repr)
 def test_what_is_not_a_finite_number_is_refused_by_name(value):
     optimizer = torch.optim.SGD([parameter()], lr=0.1)
     optimizer.param_groups[0]["weight_decay"] = value
