@@ -171,7 +171,7 @@ def from_document(document: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """
     try:
         return _read(document, tensors)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RecursionError is one
         raise _unreadable(f"{type(error).__name__}: {error}") from None
 
 

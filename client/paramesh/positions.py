@@ -40,6 +40,11 @@ class Positions:
         started here; those before are over."""
         self._names = 0
 
+    @property
+    def loops(self) -> dict[str, int]:
+        """For each loader, how many loops this script has begun."""
+        return dict(self._next)
+
     def next_loader_name(self) -> str:
         """The key of the next loader that has no name: "", "loader-1", "loader-2", ..."""
         number, self._names = self._names, self._names + 1
@@ -56,6 +61,7 @@ class Positions:
         self._next[name] = number + 1
         if name not in self._live:
             self._live[name] = self._begun(name)
+        self._session.small_state.loop_began()
         return number if number >= self._live[name] else None
 
     def _begun(self, name: str) -> int:
@@ -94,3 +100,4 @@ class Positions:
             lambda: session.client.ledger.put_state(lg.PutStateRequest(key=EPOCHS_KEY, version=epoch, value=value)),
             f"the ledger to note epoch {epoch}",
         )
+        session.small_state.keep_now()

@@ -61,8 +61,8 @@ def state(**objects: Any) -> None:
     """Keep small state in the ledger, and restore it on a worker that joins later.
 
     Call it once, after making the objects. They are restored at once if the cluster has
-    their state already, and again when this worker takes part in its first step, so what the
-    script does to them in between (running through finished epochs) does not matter.
+    their state already, again when this script comes to the loop in which that was kept, and
+    last in this worker's first step, from the others' state as of that step.
 
     Args:
         objects: by name, equal on every worker: anything with `state_dict()` and
@@ -106,28 +106,55 @@ class SmallState:
         self._interval = EVERY
         self._last = b""
         """What was put last."""
+        self._found = lg.GetStateResponse()
+        """The newest stored state that this worker has seen."""
+        self._waiting: dict[str, int] | None = None
+        """The loops that had begun when that was kept, until this script has come as far."""
+        self._looked = False
 
     # ------------------------------------------------------------------ events
 
     def added(self, objects: Mapping[str, Any]) -> None:
         """The script named objects: check them, restore those that the ledger knows."""
         _packed(objects, {})
-        self._restore(self._stored(), objects)
+        self._first_look()
+        if self._found.found:
+            _load(self._content(), objects)
+
+    def loop_began(self) -> None:
+        """The script came to another loop over a loader, perhaps one that is over."""
+        self._first_look()
+        if self._waiting is not None:
+            begun = self._session.data.loops
+            if all(begun.get(name, 0) >= count for name, count in self._waiting.items()):
+                self._restore()
+
+    def _first_look(self) -> None:
+        if not self._looked:
+            self._looked = True
+            if self._look():
+                loops = self._content().get("loops")
+                self._waiting = loops if isinstance(loops, dict) else {}
 
     def on_active(self, positions: Mapping[int, lg.GroupPosition]) -> None:
         """Steps wait for this worker from `positions` on."""
         for position in positions.values():
             if position.HasField("last"):
                 self._contributors[position.group] = _ids(position.last)
+        mine = self.version
         if self._main is None:
             behind = any(position.next_step for position in positions.values())
         else:
             main = positions.get(self._main)
-            behind = main is not None and main.next_step > self.version
-            self.version = main.next_step if main is not None else self.version
+            behind = main is not None and main.next_step > mine
+            self.version = main.next_step if main is not None else mine
         if behind:
             self._adopting = True
-            self._restore(self._stored(), self._objects)
+            self._first_look()
+            known = self._found.version if self._waiting is None else -1
+            # What was put last may be older than what this worker has, or restored already.
+            if self._look() and self._found.version > max(mine, known):
+                self._restore()
         elif self._keeper and self.version:
             self._keep()
 
@@ -163,6 +190,11 @@ class SmallState:
     def _objects(self) -> dict[str, Any]:
         return self._session.registry.objects
 
+    def keep_now(self) -> None:
+        """An epoch of `paramesh.epochs` begins: a restarted worker will begin here."""
+        if self._keeper:
+            self._keep(force=True)
+
     def _keep(self, *, force: bool = False) -> None:
         began = time.monotonic()
         if not force and (began - self._put_at < self._interval or (self._put and not self._put.done())):
@@ -170,7 +202,12 @@ class SmallState:
         session = self._session
         data = _packed(
             self._objects,
-            {"group": self._main, "hyper": _hyper_parameters(session), "rounds": session.rounds},
+            {
+                "group": self._main,
+                "hyper": _hyper_parameters(session),
+                "rounds": session.rounds,
+                "loops": session.data.loops,
+            },
         )
         self._put_at = time.monotonic()
         self._interval = max(EVERY, (self._put_at - began) / SHARE)
@@ -183,21 +220,23 @@ class SmallState:
 
     # ------------------------------------------------------------------ restoring
 
-    def _stored(self) -> lg.GetStateResponse:
+    def _look(self) -> bool:
+        """Fetch the newest stored state; whether there is one."""
         session = self._session
-        return session.request(
+        self._found = session.request(
             lambda: session.client.ledger.get_state(lg.GetStateRequest(key=KEY)), "the workers' small state"
         )
+        return self._found.found
 
     def _adopt(self) -> None:
         """Take the state as of the step just finished, which the longest-joined puts now."""
         session, version = self._session, self.version
         try:
-            stored = session.call(self._await_version(version), "the other workers' small state", ADOPT_TIMEOUT)
+            self._found = session.call(self._await_version(version), "the other workers' small state", ADOPT_TIMEOUT)
         except ParameshError as error:
             log.warning("small state not taken over version=%d reason=%s: %s", version, error.reason, error)
             return
-        self._restore(stored, self._objects)
+        self._restore()
 
     async def _await_version(self, version: int) -> lg.GetStateResponse:
         while True:
@@ -206,22 +245,30 @@ class SmallState:
                 return stored
             await asyncio.sleep(0.01)
 
-    def _restore(self, stored: lg.GetStateResponse, objects: Mapping[str, Any]) -> None:
-        if not stored.found:
-            return
-        content = unpack(stored.value)
+    def _content(self) -> dict[str, Any]:
+        content = unpack(self._found.value)
         if not isinstance(content, dict) or not isinstance(content.get("objects"), dict):
             raise refuse("FORMAT", f"the ledger's state {KEY!r} is not the workers' small state")
+        return content
+
+    def _restore(self) -> None:
+        """Take over all of what was found."""
+        content = self._content()
+        self._waiting = None
         if isinstance(content.get("group"), int):
             self._main = content["group"]
-        for name, thing in objects.items():
-            if name in content["objects"]:
-                thing.load_state_dict(content["objects"][name])
-            else:
-                log.warning("small state of %r is not known to the other workers", name)
+        _load(content, self._objects)
         _set_hyper_parameters(self._session, content.get("hyper", []))
         self._session.skip_rounds(content.get("rounds", {}))
-        log.info("small state restored version=%d names=%s", stored.version, ",".join(objects))
+        log.info("small state restored version=%d names=%s", self._found.version, ",".join(self._objects))
+
+
+def _load(content: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
+    for name, thing in objects.items():
+        if name in content["objects"]:
+            thing.load_state_dict(content["objects"][name])
+        else:
+            log.warning("small state of %r is not known to the other workers", name)
 
 
 def _ids(record: StepRecord) -> set[int]:

@@ -156,8 +156,7 @@ def test_call_returns_raises_and_times_out():
     assert caught.value.reason == "DEADLINE"
 
 
-def test_a_long_wait_names_who_is_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.05)
+def test_a_long_wait_names_who_is_waited_for(caplog):
     cluster = PureCluster(start_workers=2)
     one, two = cluster.session("host-a/0", 0), cluster.session("host-b/0", 1)
     trainers = {}
@@ -171,9 +170,9 @@ def test_a_long_wait_names_who_is_waited_for(monkeypatch, caplog):
         thread.start()
     for thread in threads:
         thread.join(20)
+    request = lg.ReadyRequest(group=trainers[one].group, step=0, attempt=1, weight=1.0)
+    future = one.submit(one.client.ledger.ready(request))
     with caplog.at_level(logging.WARNING, "paramesh.waiting"), pytest.raises(Timeout):
-        request = lg.ReadyRequest(group=trainers[one].group, step=0, attempt=1, weight=1.0)
-        future = one.submit(one.client.ledger.ready(request))
         waiting.wait(future, "step 0", 0.4, one._who, patience=0.1)
     assert "rank 1 (host-b/0)" in caplog.text
     assert "'step 0'" in caplog.text
@@ -336,7 +335,11 @@ def test_only_a_clean_exit_leaves_gracefully(ending, calls, tmp_path):
         from pure_cluster import PureCluster
         import paramesh.membership
         cluster = PureCluster()
-        cluster.calls = type("Calls", (list,), {{"append": lambda self, call: open({str(log)!r}, "a").write(call[1] + "\\n")}})()
+        class Calls(list):
+            def append(self, call):
+                with open({str(log)!r}, "a") as file:
+                    file.write(call[1] + "\\n")
+        cluster.calls = Calls()
         paramesh.membership.Session.join = classmethod(lambda cls, config: cluster.session())
         import paramesh
         assert paramesh.rank() == 0
