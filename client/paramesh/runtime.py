@@ -158,7 +158,7 @@ def _flatten(value: Any) -> tuple[list[float], Any]:
                 torch.tensor(found, dtype=torch.float64).reshape(value.shape).to(device=value.device, dtype=kind)
             ),
         )
-    if hasattr(value, "item"):  # a numpy scalar
+    if hasattr(value, "item") and not isinstance(value, torch.Tensor):  # a numpy scalar
         return [float(value.item())], lambda found: found[0]
     raise ConfigError(f"mean: a {type(value).__name__} is no number, real tensor or dict of them")
 
