@@ -11,8 +11,8 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from paramesh.errors import ConfigError
-from paramesh.routing import NAME
+from paramesh.errors import ConfigError, ParameshError
+from paramesh.routing import check_name
 
 from paramesh_server.process import memory_bytes
 
@@ -98,8 +98,10 @@ class ServerConfig:
             if bind or key == "bind":
                 self._check_bind(key, bind)
         for key in ("job", "name"):
-            if not NAME.fullmatch(getattr(self, key)):
-                raise _wrong(key, f"{getattr(self, key)[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
+            try:
+                check_name(getattr(self, key), key)
+            except ParameshError as error:
+                raise _wrong(key, str(error)) from None
         for key in ("threads", "staged_bytes", "in_flight_bytes"):
             if getattr(self, key) < 1:
                 raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")

@@ -155,7 +155,7 @@ class Partition:
     # Synchronous steps.
 
     def stage(
-        self, client: int, at: StagedAt, contribution: Contribution, committed: Sequence[pb.StepRecord]
+        self, client: int, at: StagedAt, contribution: Contribution, committed: Sequence[pb.StepRecord] = ()
     ) -> Outcome:
         """Hold a contribution for its step, first applying the decisions before it.
 

@@ -54,7 +54,10 @@ def run(name: str, partition_bytes: int, dtype: int = DTYPES["fp32"], lr_change:
             if lr_change and step == 3:
                 optimizer.configure(optimizer.merged({"lr": 0.003}))
             whole = gradient_of(step)
-            gradients = [whole[s.tensor][s.start : s.start + s.length].to(v.dtype) for s, v in zip(layout.segments, views, strict=True)]  # fmt: skip
+            gradients = [
+                whole[s.tensor][s.start : s.start + s.length].to(view.dtype)
+                for s, view in zip(layout.segments, views, strict=True)
+            ]
             optimizer.step(gradients, [is_present(s.tensor, step) for s in layout.segments])
         for segment, view in zip(layout.segments, views, strict=True):
             finals[segment.tensor] += raw(view)

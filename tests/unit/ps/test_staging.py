@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +38,7 @@ def covers(draw: st.DrawFn) -> tuple[list[bool], list[FrameBytes]]:
             inner = [n for n in range(begin, end, 64) if n > begin]
             cuts = sorted(draw(st.sets(st.sampled_from(inner)))) if inner else []
             edges = [begin, *cuts, end]
-            frames += [data(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            frames += [data(a, b) for a, b in itertools.pairwise(edges)]
     return present, draw(st.permutations(frames))
 
 
