@@ -6,7 +6,11 @@ progress (`progress.View`). A `note` is one sentence; `output` is lines as they 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 from rich.console import Console, RenderableType
@@ -19,7 +23,15 @@ from rich.text import Text
 
 from .progress import EpochView, Group, Summary, View
 
-__all__ = ["Display", "LiveDisplay", "PlainDisplay", "duration", "print_failure", "print_summary"]
+__all__ = [
+    "Display",
+    "LiveDisplay",
+    "PlainDisplay",
+    "duration",
+    "outliving_the_reader",
+    "print_failure",
+    "print_summary",
+]
 
 PLAIN_EVERY_S = 5.0
 """Between two plain progress lines: often enough to see life, rare enough for a log file."""
@@ -46,6 +58,29 @@ class Display(Protocol):
         """Leave the terminal as it was."""
 
 
+@contextlib.contextmanager
+def outliving_the_reader() -> Iterator[None]:
+    """Let the run go on when nobody reads its output any more (`| head`, a terminal that was closed): what is
+    written from then on goes nowhere.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if not _is_writable(descriptor):
+                    os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _is_writable(descriptor: int) -> bool:
+    """Whether somebody still reads: poll reports an error on the write end of a pipe without reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return not any(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, events in poll.poll(0))
+
+
 class PlainDisplay:
     """Lines, for pipes, files and CI."""
 
@@ -59,9 +94,7 @@ class PlainDisplay:
 
     def output(self, stream: int, lines: list[bytes]) -> None:
         """Show lines of training processes, each stream on its own."""
-        file = self._consoles[stream].file
-        file.write("".join(line.decode("utf-8", "replace") + "\n" for line in lines))
-        file.flush()
+        self._write(stream, "".join(line.decode("utf-8", "replace") + "\n" for line in lines))
 
     def note(self, text: str, style: str = "") -> None:
         """Show a sentence of the launcher's."""
@@ -85,9 +118,12 @@ class PlainDisplay:
         """Nothing to restore."""
 
     def _line(self, text: str) -> None:
-        file = self._consoles[1].file
-        file.write(f"[ps-run] {text}\n")
-        file.flush()
+        self._write(1, f"[ps-run] {text}\n")
+
+    def _write(self, stream: int, text: str) -> None:
+        with outliving_the_reader():
+            self._consoles[stream].file.write(text)
+            self._consoles[stream].file.flush()
 
 
 class LiveDisplay:
@@ -106,19 +142,23 @@ class LiveDisplay:
     def output(self, stream: int, lines: list[bytes]) -> None:
         """Show lines of training processes, in their own colours."""
         text = Text("\n").join(Text.from_ansi(line.decode("utf-8", "replace")) for line in lines)
-        self._console.print(text, soft_wrap=True)
+        with outliving_the_reader():
+            self._console.print(text, soft_wrap=True)
 
     def note(self, text: str, style: str = "dim") -> None:
         """Show a sentence of the launcher's."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        with outliving_the_reader():
+            self._console.print(Text(text, style=style), soft_wrap=True)
 
     def update(self, view: View) -> None:
         """Draw the panel anew."""
-        self._live.update(render(view, self._title), refresh=True)
+        with outliving_the_reader():
+            self._live.update(render(view, self._title), refresh=True)
 
     def close(self) -> None:
         """Take the panel away."""
-        self._live.stop()
+        with outliving_the_reader():
+            self._live.stop()
 
 
 # Text.

@@ -146,6 +146,8 @@ class ProgressTracker:
     """Restarts of workers; written by the launcher when the supervisor tells of one."""
     _seen: dict[int, Worker] = field(default_factory=dict)
     """The last that was seen of each member, present or not, by client id."""
+    _epochs: dict[tuple[str, int], EpochView] = field(default_factory=dict)
+    """The last that was seen of each epoch, by loader and number; those in between filled in."""
     _marks: deque[tuple[float, int, int]] = field(default_factory=deque)
     """(time, steps, samples) within the window, oldest first."""
     _traffic: deque[tuple[float, dict[str, tuple[int, int]]]] = field(default_factory=deque)
@@ -166,7 +168,7 @@ class ProgressTracker:
             phase=old.phase if seen.phase is None else seen.phase,
             workers=old.workers if seen.workers is None else tuple(sorted(seen.workers, key=lambda w: w.rank)),
             groups=seen.groups or old.groups,
-            epochs=seen.epochs or old.epochs,
+            epochs=self._all_epochs(seen.epochs or ()),
             figures=seen.figures or old.figures,
             evictions=old.evictions if seen.evictions is None else seen.evictions,
             restarts=self.restarts,
@@ -203,6 +205,18 @@ class ProgressTracker:
             skipped=sum(group.skipped for group in view.groups),
             server_bytes=sum(server.value_bytes for server in view.servers),
         )
+
+    def _all_epochs(self, seen: tuple[EpochView, ...]) -> tuple[EpochView, ...]:
+        """Add what is seen to the epochs known. The ledger forgets those that are over, and short ones begin
+        and end between two looks: all before the latest of a loader are complete.
+        """
+        for epoch in seen:
+            self._epochs[epoch.dataset, epoch.epoch] = epoch
+        for latest in seen:
+            for number in range(latest.epoch):
+                known = self._epochs.get((latest.dataset, number), latest)
+                self._epochs[latest.dataset, number] = replace(known, epoch=number, consumed=known.length)
+        return tuple(self._epochs[key] for key in sorted(self._epochs))
 
     def _steps(self, groups: tuple[Group, ...]) -> int:
         """Steps of the group that is ahead: a GAN's two go hand in hand, their sum means nothing."""

@@ -24,7 +24,14 @@ from rich.console import Console
 
 from .command import Command
 from .config import RunConfig
-from .display import Display, LiveDisplay, PlainDisplay, print_failure, print_summary
+from .display import (
+    Display,
+    LiveDisplay,
+    PlainDisplay,
+    outliving_the_reader,
+    print_failure,
+    print_summary,
+)
 from .observe import StatusSource
 from .output import Printer
 from .processes import Nursery
@@ -74,7 +81,8 @@ class Run:
         if self._console.is_terminal and not self._config.plain:
             self._display = LiveDisplay(self._console, self._command.title)
         status, failure = await self._run_in(folder)
-        self._say_the_end(status, failure, str(folder))
+        with outliving_the_reader():
+            self._say_the_end(status, failure, str(folder))
         return status
 
     async def _run_in(self, folder: Path) -> tuple[int, ChildFailed | None]:

@@ -87,6 +87,17 @@ def test_samples_are_those_of_the_epochs():
     assert tracker_after(Observation(1.0, epochs=epochs)).view.samples == 130
 
 
+def test_epochs_that_the_ledger_forgot_or_that_passed_between_two_looks_are_complete():
+    tracker = tracker_after(
+        Observation(1.0, epochs=(EpochView("", 0, 100, 60), EpochView("val", 0, 10, 10))),
+        Observation(2.0, epochs=(EpochView("", 3, 100, 30),)),
+    )
+    assert [(e.dataset, e.epoch, e.consumed) for e in tracker.view.epochs] == [
+        ("", 0, 100), ("", 1, 100), ("", 2, 100), ("", 3, 30), ("val", 0, 10),
+    ]  # fmt: skip
+    assert tracker.view.samples == 340
+
+
 def test_traffic_is_a_rate_of_the_counters():
     def look(at: float, got: int, sent: int) -> Observation:
         return Observation(at, servers=(server(5, got, sent),))
