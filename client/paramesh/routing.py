@@ -38,6 +38,12 @@ MAX_ELEMENTS = 1 << 40
 MAX_TENSORS = 1 << 20
 """A table above this is refused."""
 
+OPTIMIZERS = frozenset(
+    {"SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Rprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD"}
+)
+"""Class names that servers run, here by name because the coordinator, which refuses the
+others before it places anything, has no torch. A test holds the three lists together."""
+
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 
 DTYPE_SIZE: dict[int, int] = {
@@ -120,6 +126,8 @@ def storage_elements(tensor: pb.TensorSpec) -> int:
     if any(d < 0 for d in tensor.shape):
         raise refuse("SHAPE", f"tensor {tensor.name!r} has a negative dimension: {list(tensor.shape)}")
     count = math.prod(tensor.shape) * (2 if tensor.dtype in _STORAGE else 1)
+    if count >= 1 << 63:
+        raise refuse("SHAPE", f"tensor {tensor.name!r} has 2^63 elements or more: {list(tensor.shape)}")
     if count > MAX_ELEMENTS:
         raise refuse("QUOTA", f"tensor {tensor.name!r} has {count} elements, more than {MAX_ELEMENTS}")
     if count == 0:
@@ -131,7 +139,7 @@ def validate_spec(spec: pb.TableSpec) -> None:
     """Refuse a schema that cannot be a dense table; allocates nothing.
 
     Raises:
-        RequestRefused: NAME, DTYPE, SHAPE, QUOTA or MISSING_FIELD.
+        RequestRefused: NAME, DTYPE, SHAPE, QUOTA, UNSUPPORTED_OPTIMIZER or MISSING_FIELD.
     """
     check_name(spec.name, "table name")
     check_name(spec.group, "table group")
@@ -143,6 +151,13 @@ def validate_spec(spec: pb.TableSpec) -> None:
         raise refuse("QUOTA", f"partition_bytes {spec.partition_bytes} is below {ALIGN * 8}")
     if not spec.optimizer.class_name:
         raise refuse("MISSING_FIELD", f"table {spec.name!r} names no optimizer class")
+    if spec.optimizer.class_name not in OPTIMIZERS:
+        raise refuse(
+            "UNSUPPORTED_OPTIMIZER",
+            f"optimizer {spec.optimizer.class_name[:80]!r} is not supported; servers run only "
+            + ", ".join(sorted(OPTIMIZERS)),
+            optimizer=spec.optimizer.class_name[:80],
+        )
     seen: set[str] = set()
     for tensor in spec.tensors:
         check_name(tensor.name, "tensor name")

@@ -13,8 +13,10 @@ from __future__ import annotations
 import inspect
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError, refuse
@@ -75,15 +77,18 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
         else:
             make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-        wrapped = self._wrap(behaviour, details.method)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        # Decoded here and not by grpcio, which answers undecodable bytes of a single request with
+        # UNKNOWN and the exception's text.
+        read = _reader(handler.request_deserializer, handler.request_streaming)
+        wrapped = self._wrap(behaviour, details.method, read)
+        return make(wrapped, None, handler.response_serializer)
 
-    def _wrap(self, behaviour: Any, method: str) -> Any:
+    def _wrap(self, behaviour: Any, method: str, read: Callable[[Any], Any]) -> Any:
         if inspect.isasyncgenfunction(behaviour):
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    async for response in behaviour(request, context):
+                    async for response in behaviour(read(request), context):
                         yield response
                 except Exception as exc:
                     await self._leave(exc, context, method)
@@ -93,12 +98,16 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    return await behaviour(request, context)
+                    return await behaviour(read(request), context)
                 except Exception as exc:
                     await self._leave(exc, context, method)
 
             return unary
-        return behaviour
+
+        def other(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            return behaviour(read(request), context)
+
+        return other
 
     async def _leave(self, exc: Exception, context: grpc.aio.ServicerContext, method: str) -> None:
         if isinstance(exc, grpc.aio.AbortError | grpc.aio.UsageError):
@@ -107,6 +116,24 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if self._on_error is not None:
             self._on_error(error.reason)
         await abort(context, error)
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any], Any]:
+    """Turns raw requests into messages, one or a stream of them; FORMAT if they are none."""
+
+    def one(data: bytes) -> Any:
+        if deserialize is None:
+            return data
+        try:
+            return deserialize(data)
+        except DecodeError as exc:
+            raise refuse("FORMAT", f"{len(data)} bytes that are no such message: {exc}") from None
+
+    async def many(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            yield one(data)
+
+    return many if streaming else one
 
 
 def typed_errors(on_error: Callable[[str], None] | None = None) -> grpc.aio.ServerInterceptor:

@@ -79,11 +79,6 @@ def _optimizer(name: str, *settings: pb.HyperParameter) -> pb.OptimizerSpec:
     return pb.OptimizerSpec(class_name=name, hyper_parameters=settings)
 
 
-def _two_lasts(b: Bench) -> Any:
-    message = framing.encode(b.header(), [GRADIENT])
-    return b.push_messages([message, message])
-
-
 def _unfinished(b: Bench) -> Any:
     frame = b.frame(GRADIENT, last=False)
     return b.push_messages([framing.encode(b.header(frame=frame), [GRADIENT])])
@@ -91,8 +86,8 @@ def _unfinished(b: Bench) -> Any:
 
 def _flood(b: Bench) -> Any:
     """Many times the partition's bytes before the last frame."""
-    frame = b.frame(GRADIENT, last=False)
-    return b.push_messages([framing.encode(b.header(frame=frame), [GRADIENT])] * 5000)
+    more = framing.encode(b.header(frame=b.frame(GRADIENT, last=False)), [GRADIENT])
+    return b.push_messages([*[more] * 5000, framing.encode(b.header(), [GRADIENT])])
 
 
 def _control(b: Bench, method: str, request: Any) -> Any:
@@ -138,7 +133,6 @@ DATA_ROWS = [
     Row(7, "payload longer than declared", "PAYLOAD_SIZE",
         lambda b: b.push(frame=b.frame(GRADIENT, length=80)), noop=True),
     Row(7, "bytes beyond the partition", "PAYLOAD_SIZE", lambda b: b.push(GRADIENT * 3), noop=True),
-    Row(7, "frames after the last", "PAYLOAD_SIZE", _two_lasts),
     Row(7, "offset beyond the partition", "PAYLOAD_SIZE",
         lambda b: b.push(frame=b.frame(GRADIENT, offset=1 << 40)), noop=True),
     Row(7, "offset near 2^64", "PAYLOAD_SIZE",
@@ -177,11 +171,12 @@ DATA_ROWS = [
     Row(48, "an unknown hyper-parameter", "HYPER_PARAMETER",
         lambda b: b.push(sequenced=_seq(hyper_parameters=[
             pb.TableHyperParameters(table_id=1, hyper_parameters=[number("no_such", 1.0)])])), noop=True),
-    Row(50, "a floor 2^40 ahead", "MISSING_FIELD",
+    Row(50, "a floor 2^40 ahead", "SEQ_TOO_FAR",
         lambda b: b.pull(partitions=_pull_of(b, floor_lsn=1 << 40, floor_epoch=1))),
     Row(53, "an infinite gradient scale", "WEIGHT",
         lambda b: b.push(sequenced=_seq(grad_scale=math.inf)), noop=True),
-    Row(5, "assign of too few bytes", "PAYLOAD_SIZE", lambda b: _assign(b, GRADIENT[:50])),
+    Row(5, "assign of a part of an element", "PAYLOAD_SIZE", lambda b: _assign(b, GRADIENT[:46])),
+    Row(5, "assign beyond the partition", "PAYLOAD_SIZE", lambda b: _assign(b, GRADIENT * 3)),
     Row(5, "assign to an unknown state", "TENSOR_MISMATCH", lambda b: _assign(b, slot="momentum_of_nothing")),
     Row(26, "assign of damaged bytes", "CRC", lambda b: _assign(b, frame=b.frame(GRADIENT, checksum=1))),
     Row(30, "assign without id", "MISSING_FIELD", lambda b: _assign(b, assign_id=0)),
@@ -189,12 +184,14 @@ DATA_ROWS = [
 
 CONTROL_ROWS = [
     Row(37, "fence of a lower term", "STALE_TERM",
-        lambda b: _control(b, "Fence", replication_pb2.FenceRequest(term=0, client_ids=[12345]))),
+        lambda b: _control(b, "Fence", replication_pb2.FenceRequest(term=1, client_ids=[12345]))),
     Row(37, "evict of a lower term", "STALE_TERM",
-        lambda b: _control(b, "Evict", replication_pb2.EvictRequest(term=0, client_id=12345))),
+        lambda b: _control(b, "Evict", replication_pb2.EvictRequest(term=1, client_id=12345))),
+    Row(30, "fence without a term", "MISSING_FIELD",
+        lambda b: _control(b, "Fence", replication_pb2.FenceRequest(client_ids=[12345]))),
     Row(38, "promotion is not served yet", "UNIMPLEMENTED",
         lambda b: _control(b, "BecomePrimary", replication_pb2.BecomePrimaryRequest(term=99))),
-    Row(43, "a live server's name", "NODE_NAME", lambda b: b.register_server(name="server-0")),
+    Row(43, "a live server's name", "NODE_NAME", lambda b: b.register_server(name="server-0", address=b.control)),
     Row(30, "incarnation 0", "INCARNATION", lambda b: b.register_server(incarnation=0)),
     Row(44, "an address nobody listens on", "ADDRESS", lambda b: b.register_server(address="127.0.0.1:1")),
     Row(44, "an address that is none", "ADDRESS", lambda b: b.register_server(address="nowhere")),
@@ -208,7 +205,7 @@ CONTROL_ROWS = [
     Row(42, "a client of an unknown supervisor", "UNKNOWN_NODE",
         lambda b: _register_client(b, host="nobody", host_incarnation=4)),
     Row(46, "the same table with another schema", "SCHEMA", lambda b: b.create_table(name="t")),
-    Row(47, "10^18 elements", "SHAPE", lambda b: b.create_table(tensors=_tensors([10**12, 10**6]))),
+    Row(47, "10^18 elements", "QUOTA", lambda b: b.create_table(tensors=_tensors([10**12, 10**6]))),
     Row(47, "more bytes than the job's limit", "QUOTA",
         lambda b: b.create_table(tensors=_tensors([1 << 39], [1 << 39]))),
     Row(8, "a negative dimension", "SHAPE", lambda b: b.create_table(tensors=_tensors([3, -4]))),

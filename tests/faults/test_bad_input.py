@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from paramesh import framing, testing
 from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError
@@ -17,6 +18,7 @@ from tests.faults.bench import GRADIENT, Bench
 @pytest.fixture(scope="module")
 def cluster_of_one() -> Iterator[testing.Cluster]:
     with testing.Cluster(servers=1, client_timeout=600.0, gather=0.0) as cluster:
+        cluster.restart_coordinator()  # term 2, so that there is a lower one
         yield cluster
 
 
@@ -115,6 +117,7 @@ class TestBytes:
 
     PUSH = "/paramesh.v1.ParameterServer/Push"
     PULL = "/paramesh.v1.ParameterServer/Pull"
+    READY = "/paramesh.v1.Ledger/Ready"
 
     @pytest.fixture(autouse=True)
     def nothing_changes(self, bench):
@@ -124,8 +127,8 @@ class TestBytes:
 
     def test_garbage_instead_of_a_message(self, bench):
         for body in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", b"\x7a\x80"):
-            assert bench.call_bytes(self.PUSH, body, "stream_unary") == grpc.StatusCode.INTERNAL
-            assert bench.call_bytes(self.PULL, body, "unary_stream") == grpc.StatusCode.INTERNAL
+            for path, kind in ((self.PUSH, "stream_unary"), (self.PULL, "unary_stream"), (self.READY, "unary_unary")):
+                assert bench.call_bytes(path, body, kind) == grpc.StatusCode.INVALID_ARGUMENT
 
     def test_an_unknown_method_and_service(self, bench):
         for path in ("/paramesh.v1.ParameterServer/Nope", "/nope.v1.Nope/Push"):
@@ -167,6 +170,26 @@ class TestBytes:
         header = ps.PullRequest(request=bench.client.header(), partitions=[
             ps.PartitionPull(partition=bench.partition, epoch=1)]).SerializeToString()  # fmt: skip
         assert bench.call_bytes(self.PULL, header + b"\xf2\x3f\x03abc", "unary_stream") == grpc.StatusCode.OK
+
+
+def test_frames_after_the_last_are_refused_and_a_retry_tells_that_the_push_stands(bench):
+    """Row 7: what was complete when the surplus came was applied; the same seq says so."""
+    message = framing.encode(bench.header(), [GRADIENT])
+    with pytest.raises(ParameshError) as refused:
+        bench.push_messages([message, message])
+    assert refused.value.reason == "PAYLOAD_SIZE"
+    assert bench.push_messages([message]).duplicate
+
+
+@pytest.mark.parametrize("setting", [("lr", -1.0), ("lr", float("nan")), ("no_such_setting", 1.0)])
+def test_a_table_with_settings_that_torch_refuses_says_so(bench, setting):
+    """Row 48: the coordinator has no torch; the servers' refusal reaches who writes first values."""
+    name = f"bad-{setting[0]}-{setting[1]}"
+    values = bench.values()
+    with pytest.raises(ParameshError) as refused, bench.cluster.client() as client:
+        client.create_table(name, {"w": torch.zeros(3)}, "SGD", {"lr": 0.1, setting[0]: setting[1]})
+    assert refused.value.reason == "HYPER_PARAMETER", str(refused.value)
+    assert bench.values() == values
 
 
 def test_subnormals_and_negative_zeros_are_gradients_too(bench):
