@@ -32,7 +32,7 @@ class ClientConfig:
     """PARAMESH_JOB: the cluster's name; another cluster's answers are refused."""
     slot: str = ""
     """PARAMESH_SLOT: `host/index`, the supervisor's name of this place, kept over restarts.
-    Empty (no supervisor): `pid@host`."""
+    Empty (no supervisor): `host/pid`."""
     host: str = ""
     """PARAMESH_HOST: the supervisor that beats for this process; empty: it beats for itself."""
     host_incarnation: int = 0
@@ -65,8 +65,8 @@ class ClientConfig:
 
     @property
     def place(self) -> str:
-        """The slot to register under: the supervisor's name of it, else `pid@host`."""
-        return self.slot or f"{os.getpid()}@{socket.gethostname()}"
+        """The slot to register under: the supervisor's name of it, else `host/pid`."""
+        return self.slot or f"{socket.gethostname()}/{os.getpid()}"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> ClientConfig:

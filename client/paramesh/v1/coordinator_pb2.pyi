@@ -184,7 +184,7 @@ class RegisterClientRequest(google.protobuf.message.Message):
     incarnation: builtins.int
     """incarnation is random, per registration; makes it repeatable."""
     slot: builtins.str
-    """slot is "host/index" under a supervisor, else "pid@host"."""
+    """slot is "host/index" under a supervisor, else "host/pid"."""
     host: builtins.str
     """host names the supervisor that beats for it; empty: it beats for itself."""
     host_incarnation: builtins.int
