@@ -82,7 +82,14 @@ class Attachment:
     def _exchange(self, name: str, groups: Sequence[int]) -> Exchange:
         o = self.options
         settings = GroupSettings(
-            name, o.mode, o.staleness, o.every, o.backup_workers, o.loss_reduction, o.max_grad_norm
+            name,
+            o.mode,
+            o.staleness,
+            o.every,
+            o.backup_workers,
+            o.loss_reduction,
+            o.max_grad_norm,
+            speculate=o.speculate and o.mode == "sync",
         )
         named = named_parameters(self.model, self.inner.param_groups)
         tables = [self._table(f"{self.name}/{i}", name, named[i], i) for i in groups]
@@ -241,8 +248,15 @@ class Attachment:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients only accumulate meanwhile."""
-        yield
+        """Gradients only accumulate meanwhile: count them, do not push."""
+        watching = [s for e in self.main if isinstance(e, SyncExchange) and (s := e.speculation) is not None]
+        for speculation in watching:
+            speculation.paused = True
+        try:
+            yield
+        finally:
+            for speculation in watching:
+                speculation.paused = False
 
     def _give_back(self, ranges: Sequence[types_pb2.SampleRange]) -> None:
         """Returns the samples of a gradient that counts nowhere: others train on them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,8 @@ class GroupSettings:
     """A key of `REDUCTIONS`."""
     max_grad_norm: float | None = None
     """Bound on the global gradient's norm; None: no clipping."""
+    speculate: bool = False
+    """Push gradients during backward; sync only."""
 
 
 @dataclass
@@ -174,11 +176,15 @@ class Exchange(ABC):
         if not self.open:
             position = self.session.call(self._open_on_loop(), f"group {self.settings.name!r} to open")
             self.open = True
+            self.opened()
         if position is None:
             position = self.reopen()
         if self.needs_pull(position):
             self.pull_now(position)
             self.pulls += 1
+
+    def opened(self) -> None:  # noqa: B027 - a hook that most modes have no use for
+        """Called when the group is open and its tables are placed."""
 
     def needs_pull(self, position: ledger_pb2.GroupPosition) -> bool:
         """Whether a worker that is required from a group's position on must pull first."""
@@ -295,21 +301,37 @@ class Exchange(ABC):
         return found
 
 
-def encode(tables: Sequence[Table], contribution: Contribution, host: HostCopies) -> dict[int, Encoded]:
-    """Returns a contribution per partition; with `skip` nothing is present, and no bytes travel."""
-    encoded: dict[int, Encoded] = {}
-    gradients = contribution.gradients
-    if contribution.skip:
-        gradients = [[None] * len(table.plan.parameters) for table in tables]
-    flats = host.flats([g for group in gradients for g in group])
+def gathered(
+    tables: Sequence[Table], contribution: Contribution, host: HostCopies
+) -> Iterator[tuple[int, bytes, list[tuple[int, memoryview]]]]:
+    """Yields (partition, presence, bytes); with `skip` nothing is present, and no bytes travel."""
+    flats = host.flats([] if contribution.skip else _as_parameters(tables, contribution.gradients))
     first = 0
     for table in tables:
-        mine = flats[first : first + len(table.plan.parameters)]
-        first += len(mine)
+        count = len(table.plan.parameters)
+        mine = [None] * count if contribution.skip else flats[first : first + count]
+        first += count
         for partition in table.plan.partitions:
-            presence, parts = table.plan.gather(partition, mine)
-            encoded[partition] = Encoded.from_parts(partition, presence, parts)
-    return encoded
+            yield partition, *table.plan.gather(partition, mine)
+
+
+def _as_parameters(
+    tables: Sequence[Table], gradients: Sequence[Sequence[torch.Tensor | None]]
+) -> list[torch.Tensor | None]:
+    """Returns gradients in their parameters' dtype, one after the other."""
+    return [
+        gradient if gradient is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+        for table, row in zip(tables, gradients, strict=True)
+        for parameter, gradient in zip(table.plan.parameters, row, strict=True)
+    ]
+
+
+def encode(tables: Sequence[Table], contribution: Contribution, host: HostCopies) -> dict[int, Encoded]:
+    """Returns a contribution per partition; copies nothing yet."""
+    return {
+        partition: Encoded.from_parts(partition, presence, parts)
+        for partition, presence, parts in gathered(tables, contribution, host)
+    }
 
 
 def as_messages(

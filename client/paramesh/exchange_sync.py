@@ -8,13 +8,16 @@ was pulled, so it lives as long as `step` does.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from paramesh.encoded import Encoded, Snapshot
 from paramesh.errors import Fenced, ParameshError, refuse
-from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, encode
+from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, gathered
+from paramesh.speculation import Speculation
 from paramesh.v1 import ledger_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ class SyncExchange(Exchange):
         super().__init__(session, settings, tables)
         self.committed: list[types_pb2.StepRecord] = []
         """Decisions that partitions may lack: the record of the step before."""
+        self.speculation: Speculation | None = None
+        """Set once the group is open, if gradients may be pushed during backward."""
         self._tried = (-1, 0)
         """The step last tried, and how often: a second try must outrank what the first staged."""
 
@@ -47,6 +52,9 @@ class SyncExchange(Exchange):
                 continue
             self.after_pull()
             self.position = position.next_step
+            self._tried = (-1, 0)
+            if self.speculation is not None:
+                self.speculation.discard()
             return
         raise refuse("STEP_OUT_OF_RANGE", f"steps overtook {PULL_TRIES} pulls; become active first")
 
@@ -67,8 +75,7 @@ class SyncExchange(Exchange):
         """
         assert self.position is not None
         step = self.position
-        encoded = encode(self.tables, contribution, self.host)
-        attempts = dict.fromkeys(encoded, self._next_attempt(step))
+        encoded, attempts, early = self._encode(contribution)
         changes = self.changed_settings()
         request = ledger_pb2.ReadyRequest(
             group=self.group,
@@ -81,17 +88,57 @@ class SyncExchange(Exchange):
         )
         _name_attempts(request, attempts)
         self.before_pull()
-        response = self.session.call(self._step_on_loop(request, encoded, attempts), f"step {step}")
+        try:
+            response = self.session.call(self._step_on_loop(request, encoded, attempts, early), f"step {step}")
+        finally:
+            if self.speculation is not None:
+                self.speculation.next_step()
         self.after_pull()
         for table, current, _ in changes:
             table.sent = current
         self.position = step + 1
         return Outcome(step, skipped=response.record.skip, record=response.record)
 
-    def _next_attempt(self, step: int) -> int:
-        tried, attempt = self._tried
-        self._tried = (step, attempt + 1 if tried == step else 1)
-        return self._tried[1]
+    def _encode(
+        self, contribution: Contribution
+    ) -> tuple[dict[int, Encoded], dict[int, int], dict[int, concurrent.futures.Future[object]]]:
+        """Returns what is to be pushed, the attempt that counts per partition, and pushes under way already."""
+        tried, tries = self._tried
+        self._tried = (self.position or 0, tries + 1 if tried == self.position else 1)
+        encoded: dict[int, Encoded] = {}
+        attempts: dict[int, int] = {}
+        early: dict[int, concurrent.futures.Future[object]] = {}
+        for partition, presence, parts in gathered(self.tables, contribution, self.host):
+            staged, attempt = None, 1
+            if self.speculation is not None:
+                staged, attempt = self.speculation.settle(partition, presence, parts)
+            if staged is not None and self._tried[1] == 1:
+                attempts[partition], early[partition] = attempt, staged.future
+                continue
+            # Twice the tries: a second try outranks the first and whatever that had outranked.
+            attempts[partition] = attempt + 2 * (self._tried[1] - 1)
+            encoded[partition] = Encoded.from_parts(partition, presence, parts)
+        return encoded, attempts, early
+
+    def push_early(self, partition: int, encoded: Encoded, attempt: int) -> concurrent.futures.Future[object]:
+        """Pushes one partition during backward; its bytes are copied before this returns."""
+        step = self.position or 0
+        self.client.freeze_staged(encoded, self.group, step, attempt)
+        return self.session.submit(
+            self.client.push_staged(self.group, step, {partition: encoded}, {partition: attempt}, self.committed)
+        )
+
+    def opened(self) -> None:
+        """Starts to watch gradients, if the options ask for it."""
+        if self.settings.speculate and self.speculation is None:
+            plans = [table.plan for table in self.tables]
+            self.speculation = Speculation(plans, self.push_early, lambda: self.ready)
+            self.speculation.watch()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a gradient that is computed now belongs to `position`."""
+        return self.open and self.position is not None and self.session.active
 
     # ------------------------------------------------------------------ on the IO thread
 
@@ -100,8 +147,12 @@ class SyncExchange(Exchange):
         request: ledger_pb2.ReadyRequest,
         encoded: Mapping[int, Encoded],
         attempts: Mapping[int, int],
+        early: Mapping[int, concurrent.futures.Future[object]],
     ) -> ledger_pb2.ReadyResponse:
-        await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
+        if encoded:
+            await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
+        for future in early.values():
+            await asyncio.wrap_future(future)
         response = await self._ready_on_loop(request)
         record = response.record
         if record.needs_clip and not record.has_clip_factor and not record.skip:

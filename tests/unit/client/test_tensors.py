@@ -5,7 +5,7 @@ import pytest
 import torch
 from paramesh.edits import Edits, partition_bytes
 from paramesh.encoded import Encoded
-from paramesh.errors import ParameshError
+from paramesh.errors import ParameshError, ParametersChanged
 from paramesh.framing import checksum
 from paramesh.tensors import DTYPES, HostCopies, Scatter, TablePlan, flat_bytes, named_parameters, wire_name
 from paramesh.v1 import types_pb2
@@ -176,11 +176,10 @@ class Pulled:
         self.edits.remember()
 
     def changed(self):
+        """The parameter that PARAMETERS_CHANGED names, None if nothing is noticed."""
         try:
             self.edits.check()
-        except ParameshError as error:
-            assert error.reason == "PARAMETERS_CHANGED"
-            assert "paramesh.assign(model)" in str(error)
+        except ParametersChanged as error:
             return error.metadata["parameter"]
         return None
 
@@ -213,6 +212,14 @@ def test_edits_are_noticed_and_named(edit, shape):
     assert pulled.changed() == "p1"
     pulled.pull()
     assert pulled.changed() is None
+
+
+def test_the_error_names_the_way_out():
+    pulled = Pulled(torch.nn.Parameter(torch.ones(3)))
+    edit_in_place(pulled.plan.parameters[0])
+    with pytest.raises(ParametersChanged, match=r"paramesh\.assign\(model\)") as caught:
+        pulled.edits.check()
+    assert caught.value.reason == "PARAMETERS_CHANGED"
 
 
 def test_rewriting_the_same_values_is_no_edit():
