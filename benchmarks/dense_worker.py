@@ -72,7 +72,7 @@ class Puller:
     def _layouts(self, table: str) -> tuple[PartitionLayout, ...]:
         entry = self._session.client.routes.table(table)
         described = self._session.call(self._session.client.describe_table(entry.table_id), "the table", 30)
-        return cut(described.spec)
+        return cut(described)
 
     def _sink(self, partition: int, header: PullHeader, payload: memoryview) -> None:
         start = header.frame.offset
@@ -87,7 +87,7 @@ def measure(name: str, elements: int, plan: dict[str, Any]) -> dict[str, Any]:
     """Train one size for WARM_STEPS + steps, then pull as often; check the parameters."""
     session = sessions.current()
     assert session is not None, "the benchmark's workers need a cluster"
-    mode, steps, known = plan["mode"], plan["steps"][name], {t.name for t in session.client.routes.map.tables}
+    mode, steps = plan["mode"], plan["steps"][name]
     model = Flat(elements)
     optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=LR), model, mode=mode)
     model.set_gradients(session.rank)
@@ -99,7 +99,7 @@ def measure(name: str, elements: int, plan: dict[str, Any]) -> dict[str, Any]:
     step_seconds = durations(optimizer.step, steps)
     in_step_pull = list(pulling.seconds)
     paramesh.barrier()
-    table = next(t.name for t in session.client.routes.map.tables if t.name not in known)
+    table = max(session.client.routes.map.tables, key=lambda t: t.table_id).name  # this size's, the newest
     puller = Puller(session, table, elements)
     puller.pull()
     paramesh.barrier()
