@@ -41,9 +41,13 @@ def become(parent: int, argv: list[str]) -> None:
         os._exit(127)
 
 
-def session_members(session: int) -> list[int]:
-    """The pids of all processes in a session, its leader included."""
-    members = []
+PARENT, SESSION = 1, 3
+"""Fields of /proc/PID/stat, counted from the state, which is 0."""
+
+
+def processes(field: int, value: int) -> list[int]:
+    """The pids of all processes whose PARENT or SESSION is `value`; zombies do not count."""
+    found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -53,9 +57,9 @@ def session_members(session: int) -> list[int]:
                 fields = file.read().rpartition(b")")[2].split()
         except OSError:
             continue
-        if fields[0] != b"Z" and int(fields[3]) == session:
-            members.append(int(entry))
-    return members
+        if fields[0] != b"Z" and int(fields[field]) == value:
+            found.append(int(entry))
+    return found
 
 
 def kill_session(session: int) -> None:
@@ -64,7 +68,7 @@ def kill_session(session: int) -> None:
         os.killpg(session, signal.SIGKILL)
     except OSError:
         pass
-    for pid in session_members(session):
+    for pid in processes(SESSION, session):
         try:
             os.kill(pid, signal.SIGKILL)
         except OSError:

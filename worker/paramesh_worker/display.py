@@ -298,10 +298,12 @@ def _nodes(view: View) -> Table:
     return grid
 
 
-def _columns(*names: str) -> Table:
+def _columns(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index < 1 else "right", no_wrap=True)
+    # Widths for the usual values, so that columns stand still while the numbers change.
+    table.add_column(first, min_width=11, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", min_width=10, no_wrap=True)
     return table
 
 

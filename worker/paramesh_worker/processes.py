@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -25,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from .child import kill_session
+from .child import PARENT, kill_session, processes
 from .output import LineSplitter, Tail
 
 __all__ = ["Nursery", "Process", "Sink"]
@@ -36,6 +37,9 @@ Sink = Callable[[int, list[bytes]], Awaitable[None]]
 DRAIN_S = 2.0
 """How long the output of an ended process is read on. Its session is dead by then, so the pipes end at
 once; only a descendant that left the session and kept the pipe makes us wait."""
+
+PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
 
 _CHILD = str(Path(__file__).with_name("child.py"))
 _PYTHON = (sys.executable, "-I", "-S", _CHILD)
@@ -151,10 +155,18 @@ def _same(protocol: asyncio.StreamReaderProtocol) -> asyncio.StreamReaderProtoco
 
 
 class Nursery:
-    """Starts processes and guarantees their end, also if this process is ended by SIGKILL."""
+    """Starts processes and guarantees their end, also if this process is ended by SIGKILL.
 
-    def __init__(self) -> None:
+    Args:
+        adopt: whether descendants whose parent has ended become our children, to be killed by `close`: also
+            those that left their session. For a launcher, whose whole world ends with it.
+    """
+
+    def __init__(self, *, adopt: bool = False) -> None:
         self._alive: dict[int, Process] = {}
+        self._adopt = adopt
+        if adopt:
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._janitor = subprocess.Popen(
             [*_PYTHON, "janitor"],
             stdin=subprocess.PIPE,
@@ -211,10 +223,22 @@ class Nursery:
     def close(self) -> None:
         """Kill what is left and dismiss the janitor."""
         self.kill()
+        if self._adopt:
+            self._kill_orphans()
         assert self._janitor.stdin is not None
         with contextlib.suppress(OSError):
             self._janitor.stdin.close()
         self._janitor.wait()
+
+    def _kill_orphans(self) -> None:
+        """Kill adopted processes, and those that they leave to us in turn, until there are none."""
+        known = {self._janitor.pid, *self._alive}
+        while orphans := [pid for pid in processes(PARENT, os.getpid()) if pid not in known]:
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
     def _forget(self, process: Process) -> None:
         self._alive.pop(process.pid, None)

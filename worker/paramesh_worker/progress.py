@@ -187,6 +187,11 @@ class ProgressTracker:
         )
         return self.view
 
+    def wait(self, at: float, phase: str | None = None) -> View:
+        """Let time pass without a look, and perhaps name a new phase; return the new view."""
+        self.view = replace(self.view, elapsed_s=at - self.started, phase=self.view.phase if phase is None else phase)
+        return self.view
+
     def summary(self, at: float) -> Summary:
         """Sum the run up at time `at`."""
         rate = 0.0

@@ -15,7 +15,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +67,10 @@ class Run:
         """The signals that asked us to end, in order of arrival."""
         self._interrupted = asyncio.Event()
         """Set with the first of them."""
+        self._source: StatusSource | None = None
+        """Where progress is asked for; None until the cluster is up."""
+        self._looking = False
+        """Whether it is asked: not before the workers are started, not while all is being stopped."""
         self._first_failure: dict[str, Any] | None = None
         """The supervisor's event of the first worker that failed for good."""
 
@@ -89,7 +92,8 @@ class Run:
         """Run with logs in `folder`; return the exit status and what failed, with nothing left running."""
         scratch = Path(tempfile.mkdtemp(prefix="paramesh-state-"))
         printer = Printer()
-        with contextlib.closing(Nursery()) as nursery:
+        showing = asyncio.create_task(self._show_progress())
+        with contextlib.closing(Nursery(adopt=True)) as nursery:
             self._install_signals(nursery)
             cluster = LocalCluster(
                 self._config,
@@ -110,7 +114,13 @@ class Run:
             except ChildFailed as error:
                 return error.status, error
             finally:
+                self._looking = False
+                self._say_phase("stopping")
                 await cluster.stop(self._signals[0] if self._signals else signal.SIGTERM)
+                showing.cancel()
+                await asyncio.wait({showing})
+                if self._source is not None:
+                    await self._source.close()
                 self._display.close()
                 printer.close()
                 cluster.close()
@@ -124,9 +134,9 @@ class Run:
         """
         address = cluster.coordinator.address.result()
         self._display.note(f"cluster is up; in another terminal: psctl --coordinator {address} status")
-        source = StatusSource(address, JOB)
+        source = self._source = StatusSource(address, JOB)
+        self._looking = True
         events = asyncio.create_task(self._follow_events(cluster.events))
-        polling = asyncio.create_task(self._poll(source))
         guards = [asyncio.create_task(self._guard_server(server)) for server in cluster.servers]
         guards.append(asyncio.create_task(self._keep_coordinator(cluster)))
         workers = asyncio.create_task(cluster.workers.running.exited())
@@ -141,15 +151,17 @@ class Run:
             await cluster.workers.running.drained()
             raise self._failure_of_workers(cluster, workers.result())
         finally:
-            for task in (*guards, polling, events, workers):
+            for task in (*guards, events, workers):
                 task.cancel()
-            await source.close()
 
     # Watching.
 
-    async def _poll(self, source: StatusSource) -> None:
+    async def _show_progress(self) -> None:
         while True:
-            self._display.update(self._tracker.observe(await source.look()))
+            if self._looking and self._source is not None:
+                self._display.update(self._tracker.observe(await self._source.look()))
+            else:
+                self._display.update(self._tracker.wait(time.monotonic()))
             await asyncio.sleep(POLL_S)
 
     async def _guard_server(self, server: Role) -> None:
@@ -242,8 +254,7 @@ class Run:
         self._display.output(stream, lines)
 
     def _say_phase(self, phase: str) -> None:
-        self._tracker.view = replace(self._tracker.view, phase=phase)
-        self._display.update(self._tracker.view)
+        self._display.update(self._tracker.wait(time.monotonic(), phase))
 
     def _make_folder(self) -> Path:
         """Make the folder of logs.
