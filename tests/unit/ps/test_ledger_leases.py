@@ -1,0 +1,492 @@
+"""Data leases: protocol section 4; invariant 20."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from paramesh.v1 import ledger_pb2 as lg
+from paramesh.v1 import types_pb2 as t
+from paramesh_server.ledger import Wait
+from paramesh_server.ledger_deal import Deal, merge
+
+from tests.unit.ps.ledger_world import World, ranges, spec
+from tests.unit.ps.test_ledger_members import refused
+
+
+def chunks(leases: list[t.SampleRange], size: int = 2) -> list[int]:
+    """Chunk numbers of leases."""
+    return [lease.begin // size for lease in leases]
+
+
+def finished(world: World, client: int, epoch: int = 0, **fields: Any) -> bool:
+    answer = world.lease(client, epoch, **fields)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert not (answer.finished and answer.leases)
+    return answer.finished
+
+
+# ---------------------------------------------------------------------- dealing
+
+
+def test_the_ith_lease_of_rank_r_is_chunk_i_times_w_plus_r() -> None:
+    world = World()
+    world.workers(3)
+    assert chunks(world.leased(2, want=2)) == [1, 4]
+    assert chunks(world.leased(1)) == [0]
+    assert chunks(world.leased(3, want=9)) == [2, 5, 8]
+    assert chunks(world.leased(1, want=9)) == [3, 6, 9]
+    assert chunks(world.leased(2, want=9)) == [7]
+
+
+def test_arrival_order_does_not_matter() -> None:
+    def dealt(order: list[int]) -> dict[int, list[int]]:
+        world = World()
+        world.workers(3)
+        got: dict[int, list[int]] = {1: [], 2: [], 3: []}
+        for client in order:
+            got[client] += chunks(world.leased(client))
+        return {client: sorted(some) for client, some in got.items()}
+
+    assert dealt([1, 2, 3, 1, 2, 3]) == dealt([3, 3, 2, 2, 1, 1]) == dealt([2, 1, 3, 3, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("length", "drop_last", "expected"),
+    [
+        (5, False, [(0, 2), (2, 4), (4, 5)]),
+        (5, True, [(0, 2), (2, 4)]),
+        (4, True, [(0, 2), (2, 4)]),
+        (1, False, [(0, 1)]),
+        (1, True, []),
+        (0, False, []),
+    ],
+)
+def test_the_last_chunk_may_be_short_or_dropped(length: int, drop_last: bool, expected: list[tuple[int, int]]) -> None:
+    world = World()
+    world.workers(1)
+    answer = world.lease(1, length=length, drop_last=drop_last, want=9)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert ranges(answer) == expected
+    assert answer.finished == (not expected)
+
+
+def test_a_step_consumes_the_samples_it_names() -> None:
+    world = World()
+    world.workers(2)
+    leases = {c: world.leased(c) for c in (1, 2)}
+    world.waits(1, 0, samples=leases[1])
+    assert world.status().epochs[0].consumed == 0
+    world.decided(2, 0, samples=leases[2])
+    assert world.status().epochs[0].consumed == 4
+    assert [m.samples for m in world.status().members] == [2, 2]
+    with refused("LEASE"):
+        world.ready(1, 1, samples=leases[1])
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        t.SampleRange(dataset="d", epoch=0, begin=2, end=4),  # another's
+        t.SampleRange(dataset="d", epoch=0, begin=4, end=6),  # undealt
+        t.SampleRange(dataset="d", epoch=0, begin=0, end=1),  # no whole chunk
+        t.SampleRange(dataset="d", epoch=0, begin=1, end=2),
+        t.SampleRange(dataset="d", epoch=0, begin=0, end=0),
+        t.SampleRange(dataset="d", epoch=0, begin=2, end=0),
+        t.SampleRange(dataset="d", epoch=0, begin=0, end=2**62),
+        t.SampleRange(dataset="d", epoch=0, begin=100, end=102),
+        t.SampleRange(dataset="d", epoch=1, begin=0, end=2),
+        t.SampleRange(dataset="x", epoch=0, begin=0, end=2),
+    ],
+)
+def test_foreign_ranges_are_refused(foreign: t.SampleRange) -> None:
+    world = World()
+    world.workers(2)
+    world.leased(1)
+    world.leased(2)
+    with refused("LEASE"):
+        world.ready(1, 0, samples=[foreign])
+
+
+def test_a_range_named_twice_is_refused() -> None:
+    world = World()
+    world.workers(1)
+    lease = world.leased(1)
+    with refused("LEASE"):
+        world.ready(1, 0, samples=lease + lease)
+
+
+def test_adjacent_chunks_may_be_named_as_one_range() -> None:
+    world = World()
+    world.workers(1)
+    world.leased(1, want=2)
+    world.decided(1, 0, samples=[t.SampleRange(dataset="d", begin=0, end=4)])
+    assert world.status().epochs[0].consumed == 4
+
+
+@pytest.mark.parametrize("changed", [{"length": 21}, {"chunk": 4}, {"seed": 1}, {"drop_last": True}])
+def test_other_terms_are_refused(changed: dict[str, Any]) -> None:
+    world = World()
+    world.workers(2)
+    world.leased(1)
+    with refused("SCHEMA"):
+        world.lease(2, **changed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"chunk": 0}, "MISSING_FIELD"), ({"dataset": "a b"}, "NAME"), ({"length": 2**63, "chunk": 1}, "QUOTA")],
+)
+def test_bad_requests_are_refused(fields: dict[str, Any], reason: str) -> None:
+    world = World()
+    world.workers(1)
+    with refused(reason):
+        world.lease(1, **fields)
+
+
+def test_a_lost_answer_is_repeated_by_its_call_number() -> None:
+    world = World()
+    world.workers(2)
+    first = world.lease(1, want=2, call=1)
+    assert world.lease(1, want=2, call=1) == first
+    assert world.lease(1, want=2, call=2) != first
+    other = world.lease(2, call=1)
+    assert isinstance(other, lg.LeaseResponse)
+    assert ranges(other) == [(2, 4)], "calls are counted by each member"
+
+
+def test_leases_carry_which_membership_they_are_of() -> None:
+    world = World()
+    world.workers(2)
+    answer = world.lease(2)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert answer.lease_epoch == 2
+    world.leave(2)
+    world.join(2)
+    answer = world.lease(2)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert answer.lease_epoch == 3
+    assert answer.between
+
+
+# ---------------------------------------------------------------------- membership
+
+
+@pytest.mark.parametrize("end", ["evict", "leave"])
+def test_what_a_dead_worker_held_is_dealt_anew_with_what_is_left(end: str) -> None:
+    world = World()
+    world.workers(3)
+    world.leased(1)  # 0
+    held = world.leased(2, want=2)  # 1, 4
+    world.leased(3)  # 2
+    getattr(world, end)(2)
+    # left: 1, 3..9 in order, to two members
+    assert chunks(world.leased(3, want=9)) == [3, 5, 7, 9]
+    assert chunks(world.leased(1, want=9)) == [1, 4, 6, 8]
+    assert chunks(held) == [1, 4]
+
+
+def test_samples_of_an_undecided_contribution_return_with_its_worker() -> None:
+    world = World()
+    world.workers(2)
+    lease = world.leased(2)
+    world.waits(2, 0, samples=lease)
+    world.evict(2)
+    assert lease[0] in world.leased(1, want=99)
+
+
+def test_samples_of_a_decided_step_do_not_return() -> None:
+    world = World()
+    world.workers(2)
+    lease = world.leased(2)
+    world.waits(2, 0, samples=lease)
+    world.decided(1, 0)
+    world.evict(2)
+    assert lease[0] not in world.leased(1, want=99)
+
+
+def test_a_joiner_gets_its_share_of_what_is_left() -> None:
+    world = World()
+    world.workers(1)
+    assert chunks(world.leased(1, want=2)) == [0, 1]
+    world.join(2)
+    assert chunks(world.leased(2, want=9)) == [3, 5, 7, 9]
+    assert chunks(world.leased(1, want=9)) == [2, 4, 6, 8]
+
+
+def test_an_idle_member_gets_no_share_until_it_asks() -> None:
+    world = World()
+    world.workers(2)
+    world.leased(1)
+    world.idle(2)
+    assert chunks(world.leased(1, want=3)) == [1, 2, 3]
+    world.active(2)
+    assert chunks(world.leased(2, want=2)) == [5, 7]
+    assert chunks(world.leased(1, want=1)) == [4]
+
+
+def test_an_idle_member_may_evaluate_alone() -> None:
+    world = World()
+    world.workers(2)
+    world.idle(2)
+    got = world.leased(2, dataset="val", want=3)
+    assert len(got) == 3
+    answer = world.lease(2, dataset="val", want=99, wait=True)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert world.status().members[1].activity == lg.ACTIVITY_IDLE, "steps must not start to wait for it"
+
+
+def test_a_share_that_nobody_comes_for_is_dealt_to_who_waits() -> None:
+    world = World()
+    world.workers(2)  # client 2 trains, but never evaluates
+    mine = world.leased(1, dataset="val", want=99)
+    assert chunks(mine) == [0, 2, 4, 6, 8]
+    waiting = world.lease(1, dataset="val", wait=True, delivered=mine)
+    assert isinstance(waiting, Wait)
+    assert waiting.who() == (1,)
+    world.ledger.take_woken()
+    world.pass_time(2.0)
+    assert waiting.key in world.ledger.take_woken()
+    rest = world.leased(1, dataset="val", want=99, wait=True)
+    assert chunks(rest) == [1, 3, 5, 7, 9]
+    assert finished(world, 1, dataset="val", wait=True, delivered=mine + rest)
+
+
+def test_a_slow_member_that_does_lease_keeps_its_share() -> None:
+    world = World()
+    world.workers(2)
+    theirs = world.leased(2)
+    mine = world.leased(1, want=99)
+    world.lease(1, wait=True, delivered=mine)
+    world.pass_time(1000)
+    assert isinstance(world.lease(1, wait=True, delivered=mine), Wait)
+    assert chunks(theirs + world.leased(2, want=99)) == [1, 3, 5, 7, 9]
+
+
+# ---------------------------------------------------------------------- the end of an epoch
+
+
+def drained() -> tuple[World, dict[int, list[t.SampleRange]]]:
+    """Two workers that hold five chunks each; nothing is undealt."""
+    world = World()
+    world.workers(2)
+    return world, {c: world.leased(c, want=99) for c in (1, 2)}
+
+
+def test_an_epoch_ends_when_every_sample_is_consumed() -> None:
+    world, held = drained()
+    world.waits(1, 0, samples=held[1])
+    assert not finished(world, 1)
+    world.decided(2, 0, samples=held[2])
+    assert finished(world, 1)
+    assert finished(world, 2)
+    assert finished(world, 1, wait=True), "a finished epoch yields nothing, for ever"
+    world.join(3)
+    assert finished(world, 3)
+    assert world.status().epochs[0].consumed == 20
+
+
+def test_a_waiting_member_is_between_and_no_step_gathers_it() -> None:
+    world, held = drained()
+    world.waits(1, 0, samples=held[1])
+    world.decided(2, 0, samples=held[2][:1])
+    waiting = world.lease(1, wait=True)
+    assert isinstance(waiting, Wait)
+    assert waiting.who() == (1,)
+    assert world.status().members[0].activity == lg.ACTIVITY_BETWEEN
+    record = world.decided(2, 1, samples=held[2][1:]).record
+    assert [c.client_id for c in record.contributors] == [2]
+    assert waiting.key in world.ledger.take_woken()
+    answer = world.lease(1, wait=True)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert answer.finished
+    assert answer.between
+    assert world.waits(2, 2) == (0,), "the epoch is over: it is gathered like any between two loaders"
+
+
+def test_a_member_with_batches_left_is_not_between() -> None:
+    world, held = drained()
+    assert isinstance(world.lease(1, wait=True, delivered=held[1][:4]), Wait)
+    assert world.status().members[0].activity == lg.ACTIVITY_ACTIVE
+    assert isinstance(world.lease(1, wait=True, delivered=held[1]), Wait)
+    assert world.status().members[0].activity == lg.ACTIVITY_BETWEEN
+
+
+def test_delivered_ranges_do_not_hold_the_epoch_open_but_are_stepped_later() -> None:
+    world, held = drained()
+    world.waits(1, 0, samples=held[1][:3])
+    world.decided(2, 0, samples=held[2])
+    assert isinstance(world.lease(2, wait=True), Wait), "rank 0 has two batches left"
+    assert finished(world, 1, wait=True, delivered=held[1][3:])
+    assert finished(world, 2, wait=True)
+    world.active(1, 2)
+    lease = world.leased(1, epoch=1)
+    world.waits(1, 1, samples=held[1][3:] + lease)
+    world.decided(2, 1)
+    assert {(e.epoch, e.consumed) for e in world.status().epochs} == {(1, 2)}, "epoch 0 is through and forgotten"
+    assert world.status().members[0].samples == 12
+
+
+def test_leases_that_come_back_go_to_who_waits() -> None:
+    world, held = drained()
+    world.waits(1, 0, samples=held[1])
+    world.decided(2, 0, samples=held[2][:1])
+    waiting = world.lease(1, wait=True)
+    assert isinstance(waiting, Wait)
+    world.ledger.take_woken()
+    world.evict(2)
+    assert waiting.key in world.ledger.take_woken()
+    answer = world.lease(1, wait=True, want=99)
+    assert isinstance(answer, lg.LeaseResponse)
+    assert list(answer.leases) == held[2][1:]
+    assert answer.between, "it must say that it is active, and pull, before it trains"
+    world.active(1)
+    world.decided(1, 1, samples=answer.leases)
+    assert finished(world, 1)
+
+
+def test_returned_leases_go_to_the_others_once() -> None:
+    world, held = drained()
+    world.give_back(2, *held[2][3:])
+    world.give_back(2, *held[2][3:])
+    world.give_back(1, *held[2][:1])  # not its own: ignored
+    assert world.leased(1, want=99) == held[2][3:]
+    assert isinstance(world.lease(1, wait=True), Wait)
+
+
+def test_who_leaves_a_loop_early_leaves_its_share_to_the_others() -> None:
+    world = World()
+    world.workers(2)
+    world.leased(2)
+    mine = world.leased(1, want=99)
+    world.give_back(2)
+    assert chunks(world.leased(1, want=99)) == [3, 5, 7, 9]
+    assert len(mine) == 5
+
+
+def test_who_moves_on_to_a_later_epoch_holds_nobody_back() -> None:
+    world, held = drained()
+    world.waits(1, 0, samples=held[1])
+    world.decided(2, 0, samples=held[2][:1])
+    assert isinstance(world.lease(1, wait=True), Wait)
+    world.leased(2, epoch=1)
+    assert finished(world, 1, wait=True)
+
+
+def test_an_epoch_that_everybody_left_early_is_over() -> None:
+    world = World()
+    world.workers(2)
+    for client in (1, 2):
+        world.leased(client)
+        world.leased(client, epoch=1)
+    world.join(3)
+    assert finished(world, 3)
+    assert not finished(world, 3, epoch=1)
+
+
+def test_a_closed_epoch_loses_what_its_last_holder_takes_along() -> None:
+    world, held = drained()
+    assert not finished(world, 1, delivered=held[1])
+    assert finished(world, 2, delivered=held[2])
+    world.evict(1)
+    assert finished(world, 2)
+    with refused("LEASE"):
+        world.ready(2, 0, samples=held[1])
+
+
+def test_evaluations_do_not_add_up() -> None:
+    world = World()
+    world.check = False
+    world.workers(1)
+    for epoch in range(200):
+        got = world.leased(1, epoch, want=99)
+        assert finished(world, 1, epoch, delivered=got)
+    assert len(world.status().epochs) < 70
+    old = t.SampleRange(dataset="d", epoch=3, begin=0, end=2)
+    assert world.decided(1, 0, samples=[old]).included, "too old to tell, and of no consequence"
+
+
+# ---------------------------------------------------------------------- async and ssp
+
+
+def test_without_lockstep_chunks_go_to_whoever_asks() -> None:
+    world = World()
+    world.workers(2, lg.MODE_ASYNC)
+    assert chunks(world.leased(2, want=9)) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert chunks(world.leased(1, want=9)) == [9]
+
+
+def test_without_lockstep_clocks_consume_and_evictions_return() -> None:
+    world = World()
+    world.workers(2, lg.MODE_SSP, staleness=3)
+    mine, theirs = world.leased(1, want=5), world.leased(2, want=5)
+    world.clock(1, 1, samples=mine)
+    assert world.status().epochs[0].consumed == 10
+    assert isinstance(world.lease(1, wait=True), Wait)
+    world.evict(2)
+    assert world.leased(1, want=99, wait=True) == theirs
+    world.clock(1, 2, samples=theirs)
+    assert finished(world, 1)
+
+
+def test_a_clock_with_foreign_samples_is_refused() -> None:
+    world = World()
+    world.workers(2, lg.MODE_ASYNC)
+    theirs = world.leased(2)
+    with refused("LEASE"):
+        world.clock(1, 1, samples=theirs)
+    assert world.status().groups[0].max_clock == 0
+
+
+def test_a_group_in_lockstep_makes_shares_of_what_is_left() -> None:
+    world = World()
+    world.workers(2, lg.MODE_ASYNC)
+    assert chunks(world.leased(1, want=2)) == [0, 1]
+    world.open(1, spec("lockstep"))
+    assert chunks(world.leased(2, want=2)) == [3, 5]
+
+
+# ---------------------------------------------------------------------- arithmetic and speed
+
+
+def test_what_is_left_of_a_deal_is_exact() -> None:
+    deal = Deal([(0, 4), (10, 17)], 3)
+    taken = deal.take(0, 1) + deal.take(2, 3)
+    assert taken == [0, 2, 11, 14]
+    assert deal.left == 7
+    assert deal.remaining() == [(1, 2), (3, 4), (10, 11), (12, 14), (15, 17)]
+    assert [deal.available(position) for position in range(3)] == [3, 4, 0]
+    assert deal.take(2, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("runs", "singles", "expected"),
+    [
+        ([], [], []),
+        ([(0, 2), (5, 6)], [3, 2, 9], [(0, 4), (5, 6), (9, 10)]),
+        ([(3, 5)], [2, 5], [(2, 6)]),
+    ],
+)
+def test_runs_merge(runs: list[tuple[int, int]], singles: list[int], expected: list[tuple[int, int]]) -> None:
+    assert merge(runs, singles) == expected
+
+
+def test_a_million_chunks_cost_no_more_each_than_ten_thousand() -> None:
+    def seconds_per_lease(length: int) -> float:
+        world = World()
+        world.check = False
+        world.workers(4)
+        began = time.process_time()
+        for number in range(2000):
+            client = 1 + number % 4
+            lease = world.leased(client, length=length, chunk=1)
+            if number % 500 == 499:
+                world.evict(90 + number)  # deals anew
+                world.join(100 + number)
+            assert lease
+        return (time.process_time() - began) / 2000
+
+    small = min(seconds_per_lease(10_000) for _ in range(2))
+    large = min(seconds_per_lease(1_000_000) for _ in range(2))
+    assert large < 5 * small + 1e-4
