@@ -123,6 +123,8 @@ class LedgerService:
         self._generation = generation
         self._now = now
         self._waits = _Waits(now)
+        self._woken: frozenset[Key] = frozenset()
+        """What the core's last event woke; whoever caused it does not sleep yet."""
         self._term = 0
         """The highest coordinator term seen; lower ones are refused."""
         self._timer: asyncio.TimerHandle | None = None
@@ -176,7 +178,8 @@ class LedgerService:
         try:
             return event(self._now())
         finally:
-            for key in self.ledger.take_woken():
+            self._woken = frozenset(self.ledger.take_woken())
+            for key in self._woken:
                 self._waits.wake(key)
             for notice in self.ledger.take_notices():
                 log.warning("ledger %s", notice)
@@ -228,6 +231,9 @@ class LedgerService:
             left = deadline - self._now()
             if left <= 0 or self._closed:
                 raise self._not_yet(answer)
+            if answer.key in self._woken:  # asking brought it about (its worker is BETWEEN now): nobody wakes us
+                await asyncio.sleep(0)
+                continue
             await self._waits.sleep(answer.key, min(left, self._waits.until_said(answer.key)))
 
     def _not_yet(self, wait: Wait) -> ParameshError:
