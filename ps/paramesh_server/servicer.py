@@ -248,6 +248,7 @@ class DataPlane:
             for client in clients:
                 partition.fence(client)
 
+        self._shards.fenced.update(clients)
         everywhere = list(self._shards.held.values())
         for held in everywhere:
             await held.run(partial(forbid, held.partition), inline=True)

@@ -113,6 +113,8 @@ class Shards:
         self._mine = mine
         self.held: dict[int, Held] = {}
         self.routes: Routes | None = None
+        self.fenced: set[int] = set()
+        """Clients that this process was told to fence; partitions made later hear of it too."""
         self._refresh = refresh
         self._refreshing: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
@@ -121,6 +123,8 @@ class Shards:
 
     def add(self, partition: Partition) -> None:
         """Hold a partition from now on."""
+        for client in sorted(self.fenced):
+            partition.fence(client)
         self.held[partition.id] = Held(partition, self.pool)
         self.failed.pop(partition.id, None)
         self._announce()
