@@ -28,6 +28,7 @@ from paramesh.exchange_sync import SyncExchange
 from paramesh.hyper import Value, to_protos
 from paramesh.optimizer_state import State, state_of
 from paramesh.options import Options, outer_optimizer, settings_of
+from paramesh.overlap import Overlap
 from paramesh.profiling import phase
 from paramesh.runtime import barrier, is_chief
 from paramesh.tensors import TablePlan, named_parameters
@@ -68,6 +69,10 @@ class Attachment:
         self.name = options.name or session.next_optimizer_name()
         self.main: list[Exchange] = [self._exchange(self.name, range(len(inner.param_groups)))]
         """Exchanges of parameters, the first one's groups first."""
+        self._overlap: Overlap | None = None
+        if options.overlap_pull and options.mode == "sync":
+            self._overlap = Overlap(model, [e for e in self.main if isinstance(e, SyncExchange)])
+            self._overlap.watch()
         self.buffers: BufferExchange | None = None
         if options.sync_buffers == "mean":
             self.buffers = BufferExchange.of(session, f"{self.name}/buffers", model)
@@ -117,20 +122,20 @@ class Attachment:
         """A param group was added: it becomes a table, in a group of its own once training began."""
         if not any(exchange.open for exchange in self.main):
             self.main = [self._exchange(self.name, range(index + 1))]
+            if self._overlap is not None:
+                self._overlap.exchanges = [e for e in self.main if isinstance(e, SyncExchange)]
             return
         if self.options.max_grad_norm is not None:
             raise ConfigError(
                 "add_param_group after the first step cannot be combined with max_grad_norm: one norm over "
                 "both would need one table group, and a group's tables are fixed. Add it before the first step"
             )
-        self.main.append(self._exchange(f"{self.name}/{index}", [index]))
+        added = self._exchange(f"{self.name}/{index}", [index])
+        self.main.append(added)
+        if self._overlap is not None and isinstance(added, SyncExchange):
+            self._overlap.exchanges.append(added)
 
     # ------------------------------------------------------------------ where the group stands
-
-    @property
-    def pulls(self) -> int:
-        """Pulls that were not part of a step: values changed under whatever gradient there is."""
-        return sum(exchange.pulls for exchange in self.main)
 
     def on_active(self, positions: Mapping[int, ledger_pb2.GroupPosition]) -> None:
         """Makes all parameters those of the step from which this worker is required."""
@@ -142,21 +147,44 @@ class Attachment:
         for exchange in self.exchanges:
             exchange.forget_membership()
 
-    def _become_active(self) -> None:
-        """Makes steps wait for this worker; pulls if the group is elsewhere than its parameters."""
+    def _become_active(self) -> bool:
+        """Makes steps wait for this worker; pulls if a group is elsewhere than its parameters.
+
+        Returns:
+            Whether it turned out to be evicted, and has joined anew: gradients and samples are gone.
+        """
         try:
-            positions = self.session.ensure_active()
-            if any(not exchange.open for exchange in self.exchanges):
-                self.on_active(positions)
+            self.session.ensure_active()
+            self._open_all()
         except Fenced:
             self._rejoin()
+            return True
+        return False
+
+    def _open_all(self) -> None:
+        """Groups that were made after this worker became active (an added param group) open now."""
+        for exchange in self.exchanges:
+            if not exchange.open:
+                exchange.catch_up(None)
+
+    def _finish(self) -> None:
+        """Values that are still arriving arrive; a worker that was evicted meanwhile rejoins."""
+        try:
+            for exchange in self.exchanges:
+                exchange.finish()
+        except Fenced:
+            self._rejoin()
+
+    def drain(self) -> None:
+        """Returns when everything pushed is applied and everything pulled is in place."""
+        for exchange in self.exchanges:
+            exchange.finish()
 
     def _rejoin(self) -> None:
         """This worker was evicted: it joins anew and pulls; what it computed is dropped."""
         self.session.rejoin()
-        positions = self.session.ensure_active()
-        if any(not exchange.open for exchange in self.exchanges):
-            self.on_active(positions)
+        self.session.ensure_active()
+        self._open_all()
 
     # ------------------------------------------------------------------ the step
 
@@ -170,29 +198,34 @@ class Attachment:
         Returns:
             Whether the step was skipped (an inf on some worker).
         """
+        self._finish()
         for exchange in self.main:
             exchange.edits.check()
-        pulls, known = self.pulls, self.main[0].position is not None
-        self._become_active()
-        if self.options.mode == "local":
+        before = {exchange: exchange.position for exchange in self.main}
+        rejoined = self._become_active()
+        if self.options.mode == "local" and not rejoined:
             return self._local_step(weight, amp)
         ranges, counted = self.session.deliveries.take(self.name)
-        if self.pulls != pulls and not self._still_counts(known, ranges):
+        if rejoined or not self._still_counts(before, ranges):
             self._give_back(ranges)
             return False
         contributions = [self._contribution(exchange, amp) for exchange in self.main]
         return self._give(contributions, ranges, counted if weight is None else weight)
 
-    def _still_counts(self, known: bool, ranges: Sequence[types_pb2.SampleRange]) -> bool:
-        """Whether a gradient counts although its parameters have just been replaced by newer ones.
+    def _still_counts(self, before: Mapping[Exchange, int | None], ranges: Sequence[types_pb2.SampleRange]) -> bool:
+        """Whether a gradient counts although its parameters may just have been replaced by newer ones.
 
         At step 0 it does: all workers begin there. A joiner's does not: it belongs to first values of its
-        own. A member's counts when samples hang on it (an epoch's remainder, stepped after its loader
-        ended): they count in exactly one step, and a gradient a few steps old beats none.
+        own. A member's counts in the asynchronous modes, and when samples hang on it (an epoch's remainder,
+        stepped after its loader ended): they count in exactly one step, and a gradient a few steps old
+        beats none.
         """
-        position = self.main[0].position
-        counts = bool(ranges) if known else not position
-        log.info("moved group=%s step=%s gradient_counts=%s", self.name, position, counts)
+        moved = [e for e in self.main if e.position != before[e] and (before[e] is not None or e.position)]
+        if not moved:
+            return True
+        joined = any(before[exchange] is None for exchange in moved)
+        counts = not joined and (bool(ranges) or self.options.mode != "sync")
+        log.info("moved group=%s step=%s gradient_counts=%s", self.name, self.main[0].position, counts)
         return counts
 
     def _local_step(self, weight: float | None, amp: AmpState) -> bool:
@@ -221,11 +254,15 @@ class Attachment:
         try:
             for exchange, contribution in zip(self.main, contributions, strict=True):
                 contribution.weight = weight
+                if self._overlap is not None and isinstance(exchange, SyncExchange):
+                    exchange.overlap = self._overlap.active
                 outcome = exchange.step(contribution)
                 skipped = skipped or outcome.skipped
                 if exchange is self.main[0]:
                     ranges = ()  # decided: they count
                     self.session.after_step(exchange.group, outcome.step, outcome.record)
+            if self._overlap is not None:
+                self._overlap.stepped()
             if self.buffers is not None:
                 self.buffers.step(Contribution([], weight=weight))
         except Fenced as error:
@@ -277,6 +314,7 @@ class Attachment:
         """
         if exchange.position is None:
             return {}
+        self._finish()
         was_active = self.session.active
         if self.options.mode == "sync":
             self._become_active()

@@ -127,8 +127,6 @@ class Exchange(ABC):
         """The ledger's number of the group."""
         self.position: int | None = None
         """The step that the parameters stand at the start of; None before the first pull."""
-        self.pulls = 0
-        """Pulls that moved the position other than by a step of our own."""
         self.open = False
         """Whether this membership has declared the group."""
         self.initialise: Callable[[int], Mapping[int, Sequence[SlotWrite]]] = self.values_to_assign
@@ -181,10 +179,12 @@ class Exchange(ABC):
             position = self.reopen()
         if self.needs_pull(position):
             self.pull_now(position)
-            self.pulls += 1
 
     def opened(self) -> None:  # noqa: B027 - a hook that most modes have no use for
         """Called when the group is open and its tables are placed."""
+
+    def finish(self) -> None:  # noqa: B027 - only an overlapped pull outlives its step
+        """Returns when all values are in place."""
 
     def needs_pull(self, position: ledger_pb2.GroupPosition) -> bool:
         """Whether a worker that is required from a group's position on must pull first."""

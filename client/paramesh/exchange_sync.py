@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ from paramesh.speculation import Speculation
 from paramesh.v1 import ledger_pb2, types_pb2
 
 if TYPE_CHECKING:
+    import torch
+
     from paramesh.membership import Session
+    from paramesh.v1.parameter_server_pb2 import PullHeader
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +39,22 @@ class SyncExchange(Exchange):
         """Decisions that partitions may lack: the record of the step before."""
         self.speculation: Speculation | None = None
         """Set once the group is open, if gradients may be pushed during backward."""
+        self.overlap = False
+        """Whether `step` may return while values are still arriving."""
+        self._arriving: concurrent.futures.Future[None] | None = None
+        """The pull under way; None: all values are in place."""
+        self._arrived: dict[int, threading.Event] = {}
+        """partition -> set when its last frame is written, or when the pull ended."""
+        self._unseen: dict[int, torch.Tensor] = {}
+        """Parameters of the pull under way that no forward has waited for, by id."""
+        self._holders: dict[int, list[int]] = {}
+        """id of parameter -> partitions that hold a part of it."""
         self._tried = (-1, 0)
         """The step last tried, and how often: a second try must outrank what the first staged."""
 
     def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
         """Pulls exactly the group's next step; again if others moved on meanwhile."""
+        self.finish()
         for _ in range(PULL_TRIES):
             self.before_pull()
             self.committed = [position.last] if position.HasField("last") else []
@@ -93,7 +108,7 @@ class SyncExchange(Exchange):
         finally:
             if self.speculation is not None:
                 self.speculation.next_step()
-        self.after_pull()
+        self._receive(step + 1)
         for table, current, _ in changes:
             table.sent = current
         self.position = step + 1
@@ -128,6 +143,62 @@ class SyncExchange(Exchange):
             self.client.push_staged(self.group, step, {partition: encoded}, {partition: attempt}, self.committed)
         )
 
+    # ------------------------------------------------------------------ arrival of values
+
+    def _receive(self, step: int) -> None:
+        """Values of the next step are here, or, with overlap, on their way."""
+        if not self.overlap:
+            self.after_pull()
+            return
+        self._arrived = {partition: threading.Event() for partition in self.partitions}
+        self._unseen = {id(p): p for table in self.tables for p in table.plan.parameters}
+        arrived = self._arrived
+        self._arriving = self.session.submit(self._pull_on_loop(step))
+        self._arriving.add_done_callback(lambda _: _set_all(arrived))
+
+    def sink(self, partition: int, header: PullHeader, payload: memoryview) -> None:
+        """Takes one pulled frame, and tells who waits for the partition when it is the last."""
+        super().sink(partition, header, payload)
+        if header.frame.last and partition in self._arrived:
+            self._arrived[partition].set()
+
+    def wait_for(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Returns when these parameters have the values of the next step.
+
+        Raises:
+            ParameshError: What ended the pull, if it failed.
+        """
+        if self._arriving is None:
+            return
+        mine = [p for p in parameters if id(p) in self._unseen]
+        for parameter in mine:
+            for partition in self._partitions_of(parameter):
+                self._arrived[partition].wait()
+        if self._arriving.done():
+            self._arriving.result()
+        # Before their forward, exactly once: autograd refuses a backward through values that
+        # were marked as changed after it had saved them.
+        self.scatter.finish(mine)
+        for parameter in mine:
+            del self._unseen[id(parameter)]
+
+    def _partitions_of(self, parameter: torch.Tensor) -> list[int]:
+        if not self._holders:
+            for table in self.tables:
+                holders = table.plan.partitions_by_parameter()
+                self._holders.update(zip(map(id, table.plan.parameters), holders, strict=True))
+        return self._holders[id(parameter)]
+
+    def finish(self) -> None:
+        """Returns when all values of the next step are in place."""
+        if self._arriving is None:
+            return
+        arriving, self._arriving = self._arriving, None
+        self.session.wait(arriving, f"parameters of step {self.position}")
+        self.scatter.finish(self._unseen.values())
+        self._unseen = {}
+        self.edits.remember()
+
     def opened(self) -> None:
         """Starts to watch gradients, if the options ask for it."""
         if self.settings.speculate and self.speculation is None:
@@ -159,7 +230,8 @@ class SyncExchange(Exchange):
             record = await self._clip_on_loop(record)
             response.record.CopyFrom(record)
         self.committed = [record]
-        await self._pull_on_loop(request.step + 1)
+        if not self.overlap:
+            await self._pull_on_loop(request.step + 1)
         return response
 
     async def _ready_on_loop(self, request: ledger_pb2.ReadyRequest) -> ledger_pb2.ReadyResponse:
@@ -187,3 +259,8 @@ def _name_attempts(request: ledger_pb2.ReadyRequest, attempts: Mapping[int, int]
     for partition, attempt in attempts.items():
         if attempt != request.attempt:
             request.overrides.add(partition=partition, attempt=attempt)
+
+
+def _set_all(events: Mapping[int, threading.Event]) -> None:
+    for event in events.values():
+        event.set()

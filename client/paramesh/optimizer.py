@@ -356,6 +356,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._attachment is not None:
             self._attachment.on_rejoined()
 
+    def drain(self) -> None:
+        """Called before this worker leaves: returns when everything pushed is applied."""
+        if self._attachment is not None:
+            self._attachment.drain()
+
 
 def _unhooked_step(kind: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], object]:
     step: Callable[[torch.optim.Optimizer], object] = kind.step

@@ -239,19 +239,25 @@ class Scatter:
                 target[first + begin - place : first + stop - place] = source[begin - offset : stop - offset]
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Makes what was written visible: copies buffers, and tells autograd that values changed."""
+    def finish(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Makes what was written visible: copies buffers, and tells autograd that values changed.
+
+        Args:
+            parameters: Those whose values are complete; None: all.
+        """
         devices: set[torch.device] = set()
-        for parameter, buffer in self._staged.values():
-            parameter.copy_(buffer, non_blocking=parameter.is_cuda)
+        if parameters is None:
+            parameters = [parameter for plan in self._plans for parameter in plan.parameters]
+        for parameter in parameters:
+            staged = self._staged.get(id(parameter))
+            if staged is None:
+                torch.autograd.graph.increment_version(parameter)
+                continue
+            parameter.copy_(staged[1], non_blocking=parameter.is_cuda)
             if parameter.is_cuda:
                 devices.add(parameter.device)
-        for device in devices:  # the buffer is written again by the next pull
+        for device in devices:  # the buffers are written again by the next pull
             torch.cuda.current_stream(device).synchronize()
-        for plan in self._plans:
-            for parameter in plan.parameters:
-                if id(parameter) not in self._staged:
-                    torch.autograd.graph.increment_version(parameter)
 
 
 def named_parameters(model: Any, groups: Iterable[dict[str, Any]]) -> list[list[tuple[str, torch.nn.Parameter]]]:
