@@ -148,7 +148,7 @@ class RunConfig:
     port: int = option(0, "port of the coordinator on 127.0.0.1, for psctl; 0: any free one", metavar="P")
     state: str = option(
         "",
-        "file in which the coordinator keeps its state; default: in the log folder",
+        "new file for the state of the coordinator; default: a temporary one",
         metavar="FILE",
         kind=str,
     )

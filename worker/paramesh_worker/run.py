@@ -81,7 +81,7 @@ class Run:
         except ConfigError as error:
             self._display.note(f"error: {error}")
             return 2
-        if self._console.is_terminal and not self._config.plain:
+        if self._console.is_terminal and not (self._config.plain or self._console.is_dumb_terminal):
             self._display = LiveDisplay(self._console, self._command.title)
         status, failure = await self._run_in(folder)
         with outliving_the_reader():
