@@ -178,6 +178,7 @@ class Exchange(ABC):
         if position is None:
             position = self.reopen()
         if self.needs_pull(position):
+            self.edits.check()  # the pull would undo them silently
             self.pull_now(position)
 
     def opened(self) -> None:  # noqa: B027 - a hook that most modes have no use for

@@ -13,7 +13,8 @@ import torch
 
 from paramesh.encoded import Encoded, Snapshot
 from paramesh.exchange import Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, encode
-from paramesh.v1 import ledger_pb2
+from paramesh.profiling import phase
+from paramesh.v1 import ledger_pb2, types_pb2
 
 if TYPE_CHECKING:
     from paramesh.membership import Session
@@ -61,22 +62,22 @@ class AsyncExchange(Exchange):
         self,
         request: ledger_pb2.ClockRequest,
         encoded: Mapping[int, Encoded],
-        settings: Sequence[object],
+        settings: Sequence[types_pb2.TableHyperParameters],
         contribution: Contribution,
     ) -> None:
-        outcomes = await self.client.push_sequenced(
-            encoded,
-            settings,  # type: ignore[arg-type]
-            skip=contribution.skip,
-            grad_scale=self._clip(contribution),
-        )
+        with phase("push"):
+            outcomes = await self.client.push_sequenced(
+                encoded, settings, skip=contribution.skip, grad_scale=self._clip(contribution)
+            )
         for partition, outcome in outcomes.items():
             request.floors.add(partition=partition, epoch=outcome.epoch, lsn=outcome.lsn)
             self._raise_floor(partition, outcome.epoch, outcome.lsn)
-        answer = await self.client.ledger.clock(request)
+        with phase("clock"):
+            answer = await self.client.ledger.clock(request)
         for floor in answer.floors:
             self._raise_floor(floor.partition, floor.epoch, floor.lsn)
-        headers = await self.client.pull(self.partitions, self.sink, group=self.group, floors=self._floors)
+        with phase("pull"):
+            headers = await self.client.pull(self.partitions, self.sink, group=self.group, floors=self._floors)
         for partition, header in headers.items():
             self._raise_floor(partition, header.epoch, header.lsn)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from paramesh.encoded import Encoded, Snapshot
 from paramesh.errors import Fenced, ParameshError, refuse
 from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, gathered
+from paramesh.profiling import phase
 from paramesh.speculation import Speculation
 from paramesh.v1 import ledger_pb2, types_pb2
 
@@ -90,7 +91,8 @@ class SyncExchange(Exchange):
         """
         assert self.position is not None
         step = self.position
-        encoded, attempts, early = self._encode(contribution)
+        with phase("encode"):
+            encoded, attempts, early = self._encode(contribution)
         changes = self.changed_settings()
         request = ledger_pb2.ReadyRequest(
             group=self.group,
@@ -220,11 +222,13 @@ class SyncExchange(Exchange):
         attempts: Mapping[int, int],
         early: Mapping[int, concurrent.futures.Future[object]],
     ) -> ledger_pb2.ReadyResponse:
-        if encoded:
-            await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
-        for future in early.values():
-            await asyncio.wrap_future(future)
-        response = await self._ready_on_loop(request)
+        with phase("push"):
+            if encoded:
+                await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
+            for future in early.values():
+                await asyncio.wrap_future(future)
+        with phase("ready"):
+            response = await self._ready_on_loop(request)
         record = response.record
         if record.needs_clip and not record.has_clip_factor and not record.skip:
             record = await self._clip_on_loop(record)
