@@ -15,6 +15,7 @@ and scratch stay in the cache: one pass over the frames, one write of the result
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -80,11 +81,42 @@ def flat_views(layout: PartitionLayout, flat: torch.Tensor) -> list[torch.Tensor
 
 
 class Gradient:
-    """Memory for one partition's summed gradient, one view per segment."""
+    """Memory for one partition's summed gradient, one view per segment.
 
-    def __init__(self, layout: PartitionLayout) -> None:
-        self.flat = torch.empty(layout.nbytes, dtype=torch.uint8)
+    Args:
+        layout: the partition's.
+        flat: bytes to use, at least as many as the layout's; None: fresh ones.
+    """
+
+    def __init__(self, layout: PartitionLayout, flat: torch.Tensor | None = None) -> None:
+        self.flat = torch.empty(layout.nbytes, dtype=torch.uint8) if flat is None else flat
         self.views = flat_views(layout, self.flat)
+
+
+class Workspace:
+    """Gradient memory that all partitions of a process share and use again.
+
+    There are as many buffers as sums were ever computed at the same time. Fresh memory would
+    cost more in page faults than the sum itself; one buffer per partition would double what
+    a server holds.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def borrow(self, layout: PartitionLayout) -> Iterator[Gradient]:
+        """A gradient of a layout, with whatever it last held, until the block ends."""
+        try:
+            flat = self._free.pop()  # pop and append are atomic: sums run side by side
+        except IndexError:
+            flat = torch.empty(0, dtype=torch.uint8)
+        if len(flat) < layout.nbytes:
+            flat = torch.empty(layout.nbytes, dtype=torch.uint8)
+        try:
+            yield Gradient(layout, flat)
+        finally:
+            self._free.append(flat)
 
 
 def _pieces(contribution: Contribution, segment: Segment, first: int) -> tuple[list[_Piece], int]:
@@ -209,17 +241,19 @@ def sum_parts(layout: PartitionLayout, parts: Sequence[Part], reduction: Reducti
     return _walk(layout, parts, _summers(layout, reduction), gradient.views)
 
 
-def squared_norm(layout: PartitionLayout, parts: Sequence[Part], reduction: Reduction, gradient: Gradient) -> float:
+def squared_norm(
+    layout: PartitionLayout, parts: Sequence[Part], reduction: Reduction, like: Sequence[torch.Tensor]
+) -> float:
     """The squared norm of the sum, before any clip, in fp64; blocks added in order.
 
     Args:
         layout: the partition's.
         parts: in rank order.
         reduction: its divisor counts, its clip does not.
-        gradient: memory for shapes; not written.
+        like: one tensor per segment, for their lengths; not written.
     """
     summers = _summers(layout, reduction)
     for summer in summers.values():
         summer.norm = True
-    _walk(layout, parts, summers, gradient.views)
+    _walk(layout, parts, summers, like)
     return math.fsum(summers[dtype].squares for dtype in sorted(summers))

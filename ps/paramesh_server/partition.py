@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from paramesh import hyper
@@ -25,44 +24,14 @@ from paramesh.routing import PartitionLayout
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 
-from paramesh_server.aggregate import Gradient, Part, Reduction, flat_views, squared_norm, sum_parts
+from paramesh_server.aggregate import Part, Reduction, Workspace, flat_views, squared_norm, sum_parts
 from paramesh_server.decisions import check_record, parts_of, reduction_of
 from paramesh_server.dedup import Dedup, Digest, Entry, Verdict
 from paramesh_server.log import Log
 from paramesh_server.optimizer import PartitionOptimizer, Setting
+from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.staging import Budget, Contribution, Staging
 from paramesh_server.writes import Plan, SlotBytes, SlotFrame, cut_slots, plan_writes, tensor_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StagedAt:
-    """Where a contribution belongs."""
-
-    group: int
-    step: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """A sequenced push, but for its gradient."""
-
-    seq: int
-    changed: Mapping[str, Setting]
-    """Hyper-parameters of this table that changed since the client's last push."""
-    skip: bool = False
-    scale: float = 1.0
-    """Multiplies the gradient."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The answer to a request that was not refused."""
-
-    lsn: int
-    duplicate: bool = False
-    held: bool = False
-    """An earlier push is missing: ask again when the partition has changed."""
 
 
 class Partition:
@@ -77,7 +46,15 @@ class Partition:
     """
 
     def __init__(
-        self, partition: int, table_id: int, layout: PartitionLayout, spec: pb.TableSpec, *, epoch: int, budget: Budget
+        self,
+        partition: int,
+        table_id: int,
+        layout: PartitionLayout,
+        spec: pb.TableSpec,
+        *,
+        epoch: int,
+        budget: Budget,
+        workspace: Workspace | None = None,
     ) -> None:
         self.id = partition
         self.table_id = table_id
@@ -89,14 +66,13 @@ class Partition:
         settings = hyper.from_protos(spec.optimizer.hyper_parameters)
         self.optimizer = PartitionOptimizer(spec.optimizer.class_name, settings, self._views, layout)
         self.log = Log()
+        self._workspace = workspace or Workspace()
         self.staging = Staging(budget)
         self.dedup = Dedup()
         self.pushes = 0
         """Sequenced updates applied; for people."""
         self.duplicates = 0
         """Sequenced updates recognised as applied before; for people."""
-        self._gradient: Gradient | None = None
-        """Scratch for sums, kept: page faults of fresh memory cost more than the sum."""
         self._group = 0
         """The ledger's number of the table's group, from the first decision or put."""
         self._init_attempt = 0
@@ -215,23 +191,21 @@ class Partition:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
         parts = [] if record.skip else parts_of(record, self.id, self.staging)
-        gradient = self._scratch()
-        if parts:
-            present = sum_parts(self.layout, parts, reduction_of(record), gradient)
-        # From here on nothing refuses.
-        self.optimizer.configure(settings)
-        if parts:
-            self.optimizer.step(gradient.views, present)
+        self._train(settings, parts, reduction_of(record))  # from here on nothing refuses
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
         self.log.append(rp.RECORD_KIND_STEP, epoch=self.epoch, step=record.step, checksum=checksum)
-        self._group, self._trained, self._norm = record.group, True, None
+        self._group, self._norm = record.group, None
         self.applied_step = record.step + 1
         self.staging.drop_through(record.group, record.step)
 
-    def _scratch(self) -> Gradient:
-        if self._gradient is None:
-            self._gradient = Gradient(self.layout)
-        return self._gradient
+    def _train(self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction) -> None:
+        """Sum and step; without parts only the settings change."""
+        with self._workspace.borrow(self.layout) as gradient:
+            present = sum_parts(self.layout, parts, reduction, gradient)
+            self.optimizer.configure(settings)
+            if parts:
+                self.optimizer.step(gradient.views, present)
+        self._trained = True
 
     def _changed(self, changes: Iterable[pb.TableHyperParameters]) -> dict[str, Setting]:
         merged: dict[str, Setting] = {}
@@ -259,7 +233,7 @@ class Partition:
         if self._norm is None or self._norm[0] != record.step:
             check_record(record)
             parts = [] if record.skip else parts_of(record, self.id, self.staging)
-            value = squared_norm(self.layout, parts, reduction_of(record), self._scratch())
+            value = squared_norm(self.layout, parts, reduction_of(record), self._views)
             self._norm = (record.step, value)
         return self._norm[1]
 
@@ -328,14 +302,8 @@ class Partition:
 
     def _apply_update(self, update: Update, contribution: Contribution) -> None:
         settings = self.optimizer.merged(update.changed)
-        gradient = self._scratch()
-        scale = update.scale or 1.0
-        if not update.skip:
-            present = sum_parts(self.layout, [Part(contribution, scale)], Reduction(), gradient)
-        self._trained = True
-        self.optimizer.configure(settings)
-        if not update.skip:
-            self.optimizer.step(gradient.views, present)
+        parts = [] if update.skip else [Part(contribution, update.scale or 1.0)]
+        self._train(settings, parts, Reduction())
 
     # Writes from outside, fences, cuts.
 

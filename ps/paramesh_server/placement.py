@@ -19,6 +19,7 @@ from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
 from paramesh.v1.coordinator_pb2_grpc import CatalogStub, MapServiceStub
 
+from paramesh_server.aggregate import Workspace
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.partition import Partition
 from paramesh_server.shards import Shards
@@ -54,6 +55,7 @@ class Placement:
         self._shards = shards
         self._ledger = ledger
         self._budget = budget
+        self._workspace = Workspace()
         self._schemas: dict[int, tuple[pb.TableSpec, tuple[PartitionLayout, ...]]] = {}
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -125,7 +127,15 @@ class Placement:
             return
         try:
             spec, layouts = await self._schema(row.table_id)
-            partition = Partition(row.id, row.table_id, layouts[row.index], spec, epoch=row.epoch, budget=self._budget)
+            partition = Partition(
+                row.id,
+                row.table_id,
+                layouts[row.index],
+                spec,
+                epoch=row.epoch,
+                budget=self._budget,
+                workspace=self._workspace,
+            )
         except ParameshError as error:
             log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
             self._shards.fail(row.id, error)

@@ -24,9 +24,10 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.counters import Counters
-from paramesh_server.partition import Outcome, Partition, StagedAt, Update
+from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
 from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
+from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.shards import Held, Shards
 
 H = TypeVar("H", ps.PushHeader, ps.AssignHeader)

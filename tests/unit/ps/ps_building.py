@@ -11,7 +11,8 @@ from paramesh.framing import checksum
 from paramesh.routing import PartitionLayout
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.aggregate import TORCH_DTYPE
-from paramesh_server.partition import Partition, StagedAt
+from paramesh_server.partition import Partition
+from paramesh_server.requests import StagedAt
 from paramesh_server.staging import Budget, Contribution, FrameBytes, assemble
 from paramesh_server.writes import SlotFrame
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paramesh.routing import PartitionLayout, cut
-from paramesh_server.aggregate import BLOCK, Gradient, Part, Reduction, squared_norm, sum_parts
+from paramesh_server.aggregate import BLOCK, Gradient, Part, Reduction, Workspace, squared_norm, sum_parts
 from ps_building import DTYPES, contribution, random_gradients, raw, reference_sum, table
 
 CLIP = float(numpy.float32(0.3))
@@ -114,14 +114,14 @@ def test_squared_norms_add_up_in_fp64(name: str) -> None:
     layout = cut(table([BLOCK + 10, 64], dtype=DTYPES[name]))[0]
     gradients: list[list[torch.Tensor | None]] = [list(random_gradients(layout, s)) for s in range(2)]
     parts = [Part(contribution(layout, g), w) for g, w in zip(gradients, (1.0, 2.0), strict=True)]
-    scratch = Gradient(layout)
-    value = squared_norm(layout, parts, Reduction(3.0, clip=0.5), scratch)
+    like = Gradient(layout).views
+    value = squared_norm(layout, parts, Reduction(3.0, clip=0.5), like)
     wide = [
         (gradients[0][i].double() * 1.0 + gradients[1][i].double() * 2.0) / 3.0  # type: ignore[union-attr]
         for i in range(2)
     ]
     assert value == pytest.approx(float(sum((w * w).sum() for w in wide)), rel=1e-5)
-    assert value == squared_norm(layout, parts, Reduction(3.0, None), scratch)
+    assert value == squared_norm(layout, parts, Reduction(3.0, None), like)
 
 
 def test_special_values_pass_through() -> None:
@@ -130,3 +130,15 @@ def test_special_values_pass_through() -> None:
     layout = cut(table([64]))[0]
     out, _ = summed(layout, [[special]], [1.0], mean=True)
     assert raw(out.views[0]) == raw(special)
+
+
+def test_gradient_memory_is_used_again() -> None:
+    """One buffer per sum at the same time, however many partitions there are."""
+    small, large = cut(table([64]))[0], cut(table([640]))[0]
+    workspace = Workspace()
+    with workspace.borrow(large) as one, workspace.borrow(small) as two:
+        assert one.flat.data_ptr() != two.flat.data_ptr()
+        used = {one.flat.data_ptr(), two.flat.data_ptr()}
+    with workspace.borrow(small) as one, workspace.borrow(small) as two:
+        assert {one.flat.data_ptr(), two.flat.data_ptr()} == used
+        assert [len(view) for view in one.views] == [64]

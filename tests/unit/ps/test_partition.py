@@ -14,7 +14,8 @@ from paramesh import hyper
 from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
-from paramesh_server.partition import Outcome, Partition, StagedAt, Update
+from paramesh_server.partition import Partition
+from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.staging import Contribution
 from paramesh_server.writes import SlotFrame
 from ps_building import (

@@ -66,7 +66,8 @@ def test_the_flags_are_frozen() -> None:
     flags = {word for word in shown.replace("│", " ").split() if word.startswith("--")}
     assert flags >= {
         "--coordinator", "--job", "--name", "--bind", "--control-bind", "--advertise", "--threads", "--staged-bytes",
-        "--in-flight-bytes", "--capacity-bytes", "--metrics-port", "--replace", "--reflection", "--insecure", "--log-level",
+        "--in-flight-bytes", "--capacity-bytes", "--metrics-port", "--replace", "--reflection", "--insecure",
+        "--log-level",
     }  # fmt: skip
     assert "--heartbeat" not in flags
     assert "ps-server --coordinator 127.0.0.1:7070" in shown

@@ -439,7 +439,7 @@ def test_work_that_began_ends_although_the_caller_left() -> None:
         partition = ready(table([200_000]))
         plane = Plane(partition)
         pushing = asyncio.ensure_future(plane.push(*frames_of(partition, 1, **sequenced(1))))
-        while not plane.shards.held[1].queue:
+        while not plane.shards.held[1].queue:  # noqa: ASYNC110 - nothing tells that work began
             await asyncio.sleep(0)
         pushing.cancel()
         with pytest.raises(asyncio.CancelledError):
