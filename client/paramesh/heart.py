@@ -7,6 +7,9 @@ clients are given 10 s, and why supervised ones are not asked to beat at all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
+import itertools
 import logging
 from collections.abc import AsyncIterator
 
@@ -25,42 +28,55 @@ SILENCE = 5.0
 """Seconds without an answer after which the stream is opened anew, half the timeout."""
 
 
+class _End(enum.Enum):
+    """How a stream of beats ended."""
+
+    SILENT = "nobody answered"
+    BROKEN = "it broke after answers"
+    UNKNOWN = "the coordinator does not know this client"
+
+
 async def beat(client: AsyncClient, config: ClientConfig) -> None:
     """Beat until cancelled, or until the coordinator no longer knows this client.
 
     Tries the coordinators in turn; the process goes on whatever happens here.
     """
+    addresses = itertools.cycle(config.coordinators.split(","))
     backoff = Backoff()
-    addresses = config.coordinators.split(",")
-    turn = 0
-    while True:
-        try:
-            if await _beat_to(addresses[turn % len(addresses)], client):
-                log.warning("heartbeat refused client_id=%d: evicted", client.client_id)
-                return
-        except (grpc.RpcError, TimeoutError) as error:
-            log.debug("heartbeat broken address=%s: %r", addresses[turn % len(addresses)], error)
-        turn += 1
+    for address in addresses:
+        end = await _beat_to(address, client)
+        log.debug("heartbeat ended address=%s why=%r", address, end.value)
+        if end is _End.UNKNOWN:
+            log.warning("heartbeat refused client_id=%d: it was evicted", client.client_id)
+            return
+        if end is _End.BROKEN:
+            backoff = Backoff()
         await asyncio.sleep(backoff.next())
 
 
-async def _beat_to(address: str, client: AsyncClient) -> bool:
-    """One stream of beats; True: the coordinator does not know this client."""
-    nonce = asyncio.Queue[int]()
-    nonce.put_nowait(0)
+async def _beat_to(address: str, client: AsyncClient) -> _End:
+    """One stream of beats."""
+    nonces = asyncio.Queue[int]()
+    nonces.put_nowait(0)
 
     async def beats() -> AsyncIterator[co.HeartbeatRequest]:
         while True:
-            echo = await nonce.get()
+            echo = await nonces.get()
             yield co.HeartbeatRequest(request=client.header(), kind=co.NODE_KIND_CLIENT, echo=echo)
 
+    end = _End.SILENT
     async with aio_channel(address, heartbeat=True) as channel:
         call = MembershipStub(channel).Heartbeat(beats())
-        while True:
-            answer = await asyncio.wait_for(call.read(), SILENCE)
-            if answer is grpc.aio.EOF:
-                return False
-            if answer.unknown:
-                return True
-            await asyncio.sleep(client.heartbeat_interval)
-            nonce.put_nowait(answer.nonce)
+        with contextlib.suppress(grpc.RpcError, TimeoutError):
+            while True:
+                async with asyncio.timeout(SILENCE):
+                    answer = await call.read()
+                if answer is grpc.aio.EOF:
+                    return end
+                if answer.unknown:
+                    return _End.UNKNOWN
+                end = _End.BROKEN
+                await asyncio.sleep(client.heartbeat_interval)
+                nonces.put_nowait(answer.nonce)
+        call.cancel()
+    return end

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from paramesh.config import ClientConfig
 from paramesh.deliveries import Deliveries
+from paramesh.departure import Departure
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
+from paramesh.joining import connect_and_join
 from paramesh.positions import Positions
 from paramesh.registry import Registry
 from paramesh.reporter import Reporter
@@ -73,6 +75,7 @@ class Session:
         world_size: members as the ledger last told; `paramesh.world_size()` asks anew.
         membership: counts joins of this session, from 1; leases of an earlier one are gone.
         positions: for each group, where it stood when this worker last became ACTIVE.
+        departure: `with session.departure.undisturbed()` brackets what SIGTERM must not cut.
         deliveries: samples that reached the loop and wait for a step.
         data: which epoch each loader's next loop is.
         steps: steps that this worker finished, over all groups.
@@ -86,6 +89,8 @@ class Session:
         self.membership = 0
         self.steps = 0
         self.closed = False
+        self._leaving = False
+        self.departure = Departure()
         self._io = io
         self._participants: list[weakref.ref[Any]] = []
         """Registered objects, oldest first; dead ones are dropped when seen."""
@@ -129,7 +134,7 @@ class Session:
 
         io = IoThread.get()
         client, joined = io.run(
-            _connect_and_join(AsyncClient, config, config.rank),
+            connect_and_join(AsyncClient, config, config.rank),
             config.join_timeout,
             f"the coordinator at {config.coordinators} and the ledger of job {config.job!r}",
         )
@@ -161,12 +166,13 @@ class Session:
         self._stop_background()
         old = self.client
         self.client, joined = self.call(
-            _connect_and_join(type(old), self.config, self.rank),
+            connect_and_join(type(old), self.config, self.rank),
             "the ledger to take this worker back",
             self.config.join_timeout,
         )
         self.submit(old.close())
         self.deliveries.clear()
+        self.data.look_again()
         self._adopt(joined)
         self._start_heart()
         self.small_state.on_rejoined()
@@ -180,9 +186,9 @@ class Session:
             gracefully: drain, return leases and deregister. False (a crash): only close, so
                 that supervisor or heartbeat tell the coordinator what happened.
         """
-        if self.closed or self.pid != os.getpid():
+        if self.closed or self._leaving or self.pid != os.getpid():
             return
-        self.closed = True
+        self._leaving = True
         try:
             if gracefully:
                 for participant in self.participants():
@@ -191,6 +197,7 @@ class Session:
         except ParameshError as error:
             log.warning("left without goodbye reason=%s: %s", error.reason, error)
         finally:
+            self.closed = True
             self._stop_background()
             with contextlib.suppress(ParameshError):
                 self._io.run(self.client.close(), LEAVE_TIMEOUT, "channels to close")
@@ -385,26 +392,6 @@ class Session:
 
             self._small_state = SmallState(self)
         return self._small_state
-
-
-async def _connect_and_join(
-    client_type: type[AsyncClient], config: ClientConfig, rank: int | None
-) -> tuple[AsyncClient, lg.JoinResponse]:
-    client = await client_type.connect(
-        config.coordinators,
-        job=config.job,
-        slot=config.place,
-        host=config.host,
-        host_incarnation=config.host_incarnation,
-        role="worker",
-        timeout=config.join_timeout,
-    )
-    try:
-        request = lg.JoinRequest(slot=config.place, preferred_rank=rank or 0, has_preferred_rank=rank is not None)
-        return client, await client.ledger.join(request, timeout=config.join_timeout)
-    except BaseException:
-        await client.close()
-        raise
 
 
 def _tell(participant: object, event: str, *arguments: object) -> None:

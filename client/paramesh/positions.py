@@ -45,6 +45,10 @@ class Positions:
         """For each loader, how many loops this script has begun."""
         return dict(self._next)
 
+    def look_again(self) -> None:
+        """This worker rejoined: the cluster may have left more epochs behind."""
+        self._live.clear()
+
     def next_loader_name(self) -> str:
         """The key of the next loader that has no name: "", "loader-1", "loader-2", ..."""
         number, self._names = self._names, self._names + 1

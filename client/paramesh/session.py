@@ -65,9 +65,12 @@ class _Process:
 
     def _join(self, config: ClientConfig) -> Session:
         _refuse_in_data_workers()
+        from paramesh.joining import set_local_device
         from paramesh.membership import Session
 
         session = Session.join(config)
+        set_local_device(config)
+        session.departure.install()
         if not self._guarded:
             self._guarded = True
             self._watch_for_crashes()

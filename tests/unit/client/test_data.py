@@ -389,3 +389,10 @@ def test_the_permutation_is_a_function_of_seed_and_epoch():
 def test_the_order_never_changes_between_releases():
     assert permutation(10, 0, 0).tolist() == permutation(10, 0, 0).tolist()
     assert permutation(10, 2**63 + 5, 3).tolist() != permutation(10, 5, 3).tolist()
+
+
+def test_a_spawned_loader_worker_does_not_join_by_the_environment(monkeypatch):
+    monkeypatch.setenv("PARAMESH_COORDINATOR", "127.0.0.1:1")
+    with using(None):
+        loader = paramesh.DataLoader(Nosy(2), 2, num_workers=1, multiprocessing_context="spawn")
+        assert next(iter(loader)) == ["FORKED", "FORKED"]

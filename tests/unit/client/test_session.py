@@ -389,3 +389,105 @@ def test_after_shutdown_the_process_must_join_again():
         PARAMESH_COORDINATOR="pure:1",
     )
     assert run.returncode == 0, run.stderr
+
+
+# ---------------------------------------------------------------------- SIGTERM
+
+
+def sigterm_script(body):
+    return f"""
+        import os, signal, sys, time
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from pure_cluster import PureCluster, Trainer
+        import paramesh, paramesh.membership, torch
+        from paramesh.session import current
+        cluster = PureCluster()
+        paramesh.membership.Session.join = classmethod(lambda cls, config: cluster.session())
+        import atexit
+        session = current()
+        def report():
+            status = cluster.ledger.status(0.0)
+            print("members", len(status.members), "left", [m for _, m in cluster.calls].count("leave"))
+            print("returned", [m for _, m in cluster.calls].count("return_leases"))
+        atexit._clear()
+        atexit.register(report)
+        atexit.register(lambda: session.leave())
+        data = torch.utils.data.TensorDataset(torch.arange(100))
+        def die(): os.kill(os.getpid(), signal.SIGTERM)
+        {textwrap.indent(textwrap.dedent(body), " " * 8).strip()}
+        print("went on")
+        """
+
+
+@pytest.mark.parametrize(
+    ("body", "returned"),
+    [
+        ("die()", 0),
+        (
+            """
+            trainer = Trainer(session)
+            for number, _ in enumerate(paramesh.DataLoader(data, 2, num_workers=1)):
+                with session.departure.undisturbed():
+                    if number == 3:
+                        die()
+                    trainer.step()
+                    print("stepped", number)
+            """,
+            1,
+        ),
+    ],
+)
+def test_sigterm_leaves_gracefully_after_the_step(body, returned):
+    run = python(sigterm_script(body), PARAMESH_COORDINATOR="pure:1")
+    assert run.returncode == 0, run.stderr
+    assert "went on" not in run.stdout
+    assert run.stdout.count("stepped") == (4 if returned else 0)
+    assert "members 0 left 1" in run.stdout
+    assert f"returned {returned}" in run.stdout
+
+
+def test_a_second_sigterm_kills():
+    body = """
+    with session.departure.undisturbed():
+        die()
+        die()
+    """
+    run = python(sigterm_script(body), PARAMESH_COORDINATOR="pure:1")
+    assert run.returncode == -signal.SIGTERM
+
+
+def test_a_scripts_own_sigterm_handler_stays():
+    run = python(
+        f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from pure_cluster import PureCluster
+        import paramesh.membership
+        cluster = PureCluster()
+        paramesh.membership.Session.join = classmethod(lambda cls, config: cluster.session())
+        signal.signal(signal.SIGTERM, lambda *_: print("mine"))
+        assert paramesh.init()
+        os.kill(os.getpid(), signal.SIGTERM)
+        """,
+        PARAMESH_COORDINATOR="pure:1",
+    )
+    assert run.stdout.strip() == "mine"
+    assert run.returncode == 0, run.stderr
+
+
+def test_participants_can_still_call_while_they_drain():
+    cluster = PureCluster()
+    session = cluster.session()
+    drained = []
+
+    class Part:
+        def drain(self):
+            session.call(_nothing(), "what was pushed")
+            drained.append(True)
+
+    part = Part()
+    session.register(part)
+    session.leave()
+    assert drained == [True]
+    assert [m for _, m in cluster.calls][-1] == "leave"
+    del part
