@@ -174,11 +174,14 @@ def scheduled(desk: Desk) -> None:
     schedule = torch.optim.lr_scheduler.StepLR(inner, step_size=1, gamma=0.5)
     optimizer = paramesh.DistributedOptimizer(inner, model)
     paramesh.state(scheduler=schedule)
+    steps = 0
     for epoch in paramesh.epochs(args["epochs"]):
         for batch in loader:
             optimizer.zero_grad()
             model(batch).backward()
-            _compute(desk, args, 1)
+            _compute(desk, args, steps)
+            steps += 1
+            desk.emit("begin", step=steps)
             optimizer.step()
             desk.emit("step", epoch=epoch, lr=optimizer.param_groups[0]["lr"])
         schedule.step()

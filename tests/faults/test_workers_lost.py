@@ -24,7 +24,9 @@ def assert_exact(cluster, epochs: int) -> None:
 def test_a_worker_lost_in_mid_step_holds_nobody_up(process_cluster, fault):
     """The others are Ready and wait for it when it goes; they finish that step within the bound."""
     cluster = process_cluster(servers=2, start_workers=3)
-    survivors = cluster.start_workers(2, TALLY, length=120, epochs=2, seconds=0.02)
+    # Later the survivors wait for one who comes back: it takes seconds to import torch.
+    later = {"wait_at": 8} if fault.value.comes_back else {}
+    survivors = cluster.start_workers(2, TALLY, length=120, epochs=2, seconds=0.02, **later)
     victim = cluster.start_worker(TALLY, length=120, epochs=2, seconds=0.02, wait_at=5, waiter=2)
     cluster.wait_until(lambda: victim.events("waiting"), 60, "the victim to be in mid-step")
     cluster.wait_until(
@@ -40,6 +42,10 @@ def test_a_worker_lost_in_mid_step_holds_nobody_up(process_cluster, fault):
     print(f"fault={fault.name} others_next_step_s={took:.3f} bound_s={fault.value.bound}")
 
     finishers = [*survivors, victim] if fault.value.comes_back else survivors
+    if fault.value.comes_back:
+        wait_until_back_in_a_step(cluster, victim)
+        for worker in survivors:
+            worker.open_gate("go")
     cluster.wait_until(lambda: all(w.events("final") for w in finishers), 90, "the workers to finish")
     assert_exact(cluster, epochs=2)
     assert took <= fault.value.bound
@@ -47,6 +53,16 @@ def test_a_worker_lost_in_mid_step_holds_nobody_up(process_cluster, fault):
         assert_rejoined_at_a_step_boundary(victim, survivors)
     kinds = [e.kind for e in inspection.events(cluster.coordinator_address)]
     assert any("evicted" in kind for kind in kinds), f"no audit line of the eviction (invariant 30): {kinds}"
+
+
+def wait_until_back_in_a_step(cluster, victim) -> None:
+    """Wait until the restarted worker has a gradient for a step of the others."""
+
+    def back() -> bool:
+        restarts = [e["t"] for e in victim.events("hello") if e["incarnation"] == 1]
+        return bool(restarts) and victim.last("begin")["t"] > restarts[0]
+
+    cluster.wait_until(back, 60, "the restarted worker to be in a step")
 
 
 def assert_rejoined_at_a_step_boundary(victim, survivors) -> None:
@@ -103,9 +119,11 @@ def test_scheduler_and_epoch_come_back_with_a_restarted_worker(process_cluster):
     """Killed in the second epoch, it goes on in the second epoch with the others' learning rate."""
     cluster = process_cluster(servers=1, start_workers=2)
     body = "tests.cluster.bodies:scheduled"
-    survivor, victim = cluster.start_workers(2, body, length=80, epochs=4, seconds=0.03)
+    survivor, victim = cluster.start_workers(2, body, length=80, epochs=4, seconds=0.03, wait_at=22, waiter=0)
     cluster.wait_until(lambda: victim.events("step") and victim.last("step")["epoch"] == 1, 60, "the second epoch")
     victim.signal_training(signal.SIGKILL)
+    wait_until_back_in_a_step(cluster, victim)
+    survivor.open_gate("go")
     cluster.wait_until(lambda: survivor.events("final") and victim.events("final"), 90, "both to finish")
     (restart,) = (e["t"] for e in victim.events("hello") if e["incarnation"] == 1)
     back = [e for e in victim.events("step") if e["t"] > restart]
