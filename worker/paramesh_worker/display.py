@@ -24,6 +24,7 @@ from rich.text import Text
 from .progress import EpochView, Group, Summary, View
 
 __all__ = [
+    "STOPPING",
     "Display",
     "LiveDisplay",
     "PlainDisplay",
@@ -35,6 +36,9 @@ __all__ = [
 
 PLAIN_EVERY_S = 5.0
 """Between two plain progress lines: often enough to see life, rare enough for a log file."""
+
+STOPPING = "stopping"
+"""The phase in which progress has ended."""
 
 SHOWN_WORKERS = 12
 """Rows of the worker table at most; more would push everything else off a terminal of 40 lines."""
@@ -105,7 +109,7 @@ class PlainDisplay:
         if view.phase != self._phase:
             self._phase = view.phase
             self._line(f"{duration(view.elapsed_s)} {view.phase}")
-        if not view.steps:
+        if not view.steps or view.phase == STOPPING:
             return
         now = time.monotonic()
         line = progress_line(view)
@@ -352,7 +356,10 @@ def print_summary(console: Console, summary: Summary, *, ending: str, good: bool
     if summary.steps:
         rate = f" ({number(summary.steps_per_s)} per second)" if summary.steps_per_s else ""
         skipped = f", {summary.skipped} of them skipped" if summary.skipped else ""
-        rows.append(("steps", f"{number(summary.steps)}{rate}{skipped}"))
+        whose = " by the fastest worker" if summary.clocked else ""
+        rows.append(("steps", f"{number(summary.steps)}{whose}{rate}{skipped}"))
+    if summary.clocked:
+        rows.append(("widest clock gap", number(summary.widest_gap)))
     if summary.samples:
         rows.append(("samples", number(summary.samples)))
     if summary.epochs:

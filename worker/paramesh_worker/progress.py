@@ -102,7 +102,7 @@ class View:
     elapsed_s: float = 0.0
     phase: str = ""
     steps: int = 0
-    """Steps decided, or in ssp and async clocks finished by all workers together."""
+    """Steps decided; in ssp and async the clock of the fastest worker."""
     steps_per_s: float = 0.0
     samples: int = 0
     samples_per_s: float = 0.0
@@ -123,6 +123,7 @@ class Summary:
 
     wall_s: float
     steps: int
+    """As in `View`."""
     steps_per_s: float
     """Over the time in which steps were made; 0 if that is unknown."""
     samples: int
@@ -132,6 +133,10 @@ class Summary:
     restarts: int
     skipped: int
     server_bytes: int
+    clocked: bool = False
+    """Whether the steps are those of the fastest worker."""
+    widest_gap: int = 0
+    """With clocks: the widest that the workers were apart."""
 
 
 @dataclass
@@ -209,6 +214,8 @@ class ProgressTracker:
             restarts=self.restarts,
             skipped=sum(group.skipped for group in view.groups),
             server_bytes=sum(server.value_bytes for server in view.servers),
+            clocked=any(group.clocked for group in view.groups),
+            widest_gap=max((group.widest_gap for group in view.groups), default=0),
         )
 
     def _all_epochs(self, seen: tuple[EpochView, ...]) -> tuple[EpochView, ...]:
@@ -224,9 +231,13 @@ class ProgressTracker:
         return tuple(self._epochs[key] for key in sorted(self._epochs))
 
     def _steps(self, groups: tuple[Group, ...]) -> int:
-        """Steps of the group that is ahead: a GAN's two go hand in hand, their sum means nothing."""
-        clocks = sum(worker.clock for worker in self._seen.values())
-        return max((clocks if group.clocked else group.next_step for group in groups), default=0)
+        """Steps of the group that is ahead: a GAN's two go hand in hand, their sum means nothing.
+
+        With clocks, those of the fastest worker: a worker that comes or comes back starts at the slowest
+        one's clock, so that the sum of clocks is not the number of steps either.
+        """
+        clock = max((worker.clock for worker in self._seen.values()), default=0)
+        return max((clock if group.clocked else group.next_step for group in groups), default=0)
 
     def _samples(self, epochs: tuple[EpochView, ...]) -> int:
         """Samples consumed, as the epochs say; they outlive the members that did it."""

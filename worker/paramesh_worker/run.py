@@ -24,6 +24,7 @@ from rich.console import Console
 from .command import Command
 from .config import RunConfig
 from .display import (
+    STOPPING,
     Display,
     LiveDisplay,
     PlainDisplay,
@@ -115,7 +116,7 @@ class Run:
                 return error.status, error
             finally:
                 self._looking = False
-                self._say_phase("stopping")
+                self._say_phase(STOPPING)
                 await cluster.stop(self._signals[0] if self._signals else signal.SIGTERM)
                 showing.cancel()
                 await asyncio.wait({showing})

@@ -49,13 +49,14 @@ def test_the_summarys_rate_leaves_start_and_end_out():
     assert summary.steps_per_s == pytest.approx(50 / 11)
 
 
-def test_in_ssp_steps_are_the_clocks_of_all_also_of_those_who_left():
+def test_in_ssp_steps_are_those_of_the_fastest_worker_also_after_it_left():
     tracker = tracker_after(
         Observation(1.0, groups=(SSP,), workers=(worker(1, 0, clock=10), worker(2, 1, clock=8))),
         Observation(2.0, groups=(SSP,), workers=(worker(1, 0, clock=12), worker(3, 1, clock=8))),
         Observation(3.0, groups=(SSP,), workers=()),
     )
-    assert tracker.view.steps == 12 + 8 + 8
+    assert tracker.view.steps == 12
+    assert tracker.summary(4.0).clocked
     assert tracker.view.workers == ()
 
 
