@@ -277,7 +277,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._attachment is None:
             self._step_alone()
         else:
-            with phase("step"):
+            with phase("step"), self._attachment.session.departure.undisturbed():
                 skipped = self._attachment.step(weight, self._amp)
             if skipped:
                 self._amp.learn(self)

@@ -8,6 +8,8 @@ import uuid
 
 import fsspec
 import paramesh
+import paramesh.optimizer
+import paramesh.small_state
 import pytest
 import safetensors.torch
 import torch
@@ -25,10 +27,6 @@ def alone(monkeypatch):
         monkeypatch.setattr(module, "registry", lambda: registry)
     with using(None):
         yield registry
-
-
-import paramesh.optimizer  # noqa: E402
-import paramesh.small_state  # noqa: E402
 
 
 class Net(torch.nn.Module):
