@@ -205,6 +205,19 @@ class SyncModel(Model):
         if not isinstance(answer, Wait):
             assert answer.record == self.records[step]
 
+    @precondition(lambda self: self.clients)
+    @rule(want=st.integers(1, 2), lazy=which, then=st.sampled_from(["", "", "leave", "evict", "idle"]))
+    def train(self, want: int, lazy: int, then: str) -> None:
+        """Everybody but one leases and is ready; then that one stays, goes or falls idle."""
+        for number in range(len(self.clients)):
+            if number != lazy:
+                self.lease(number, want, wait=False, move_on=False)
+                self.ready(number, count=want, skip=False)
+        if then == "idle" and lazy < len(self.clients):
+            self.set_activity(lazy, IDLE)
+        elif then and lazy < len(self.clients):
+            self.end(lazy, then)
+
     @precondition(lambda self: len(self.clients) > 1)
     @rule(one=which, other=which)
     def foreign_ready(self, one: int, other: int) -> None:
@@ -299,7 +312,7 @@ class SyncModel(Model):
             return
         for client in list(self.clients.values()):
             self.world.evict(client.id)
-        self.clients.clear()
+            self.gone(client)  # which may decide a step for those that are left
         for joined in range(1001, 1001 + self.start_workers):
             self.world.join(joined)
         closed = self.world.ledger._epochs.state.closed.get("d", set())
