@@ -53,8 +53,9 @@ class DataLoader(Generic[T_co]):
         name: tells several loaders apart. Default: by the order of construction, which must
             then be the same on every worker; name those that only some of them make.
         train: whether batches count as the next step's samples. Default: unless gradients
-            are off (`torch.no_grad()`) when the loop starts. While an evaluating loop runs,
-            steps do not wait for this worker.
+            are off (`torch.no_grad()`) when the loop starts. An evaluating loop is shared out
+            too, so all workers must run it (`paramesh.mean` brings the results together); for
+            one that runs on the chief only, take torch's own loader inside `paramesh.pause()`.
         collate_fn, pin_memory, timeout, worker_init_fn, multiprocessing_context, generator,
             prefetch_factor, persistent_workers, pin_memory_device: as torch's.
 

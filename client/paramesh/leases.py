@@ -123,19 +123,17 @@ class LeasedEpoch:
         """Lease calls so far: the ledger repeats the answer to a number that it knows."""
         self._dry = False
         """Whether the ledger had nothing to give at once; until the next `refill`."""
+        self._finished = False
+        """Whether the ledger said that the epoch is over."""
         self._interval = 0.0
         """Seconds between deliveries, smoothed; 0 until there were two."""
         self._last = 0.0
 
     # ------------------------------------------------------------------ leasing
 
-    def _request(self, want: int, *, wait: bool) -> lg.LeaseRequest:
+    def _request(self, want: int, *, wait: bool, declare: bool = False) -> lg.LeaseRequest:
         terms = self._terms
         self._calls += 1
-        done: list[SampleRange] = []
-        if wait:  # only then may they hold the epoch open; sent with each call they would add up
-            pending = self._session.deliveries.pending(terms.dataset, terms.epoch)
-            done = pending if self._training else self._evaluated
         return lg.LeaseRequest(
             dataset=terms.dataset,
             epoch=terms.epoch,
@@ -143,11 +141,20 @@ class LeasedEpoch:
             chunk=terms.chunk,
             want=want,
             drop_last=terms.drop_last,
-            delivered=done,
+            # Only a waiting call's count; sent with each call they would add up.
+            delivered=self._delivered() if wait or declare else [],
             seed=terms.seed,
             wait=wait,
             call=self._calls,
         )
+
+    def _delivered(self) -> list[SampleRange]:
+        """Ranges that the loop has had and no step has taken: they do not hold the epoch open."""
+        if self.stale:
+            return []  # returned to the others when the membership ended
+        if not self._training:
+            return self._evaluated
+        return self._session.deliveries.pending(self._terms.dataset, self._terms.epoch)
 
     def _want(self) -> int:
         cover = math.ceil(COVER / self._interval) if self._interval > 0 else 1
@@ -162,8 +169,7 @@ class LeasedEpoch:
         """Wait for leases, holding none; False when the epoch is finished."""
         self._settle()
         session = self._session
-        if self._training:
-            session.end_pause()  # shares are dealt to those who are not idle
+        session.end_pause()  # shares are dealt to those who are not idle
         with phase("lease"):
             while True:
                 response = session.request(
@@ -178,6 +184,7 @@ class LeasedEpoch:
         self._membership = session.membership
         self._leased.extend(response.leases)
         self._dry = False
+        self._finished = response.finished
         return bool(response.leases)
 
     def _settle(self) -> None:
@@ -258,16 +265,26 @@ class LeasedEpoch:
 
     def close(self) -> None:
         """Give back what the loop has not seen. Does not raise: it runs in `finally`."""
-        session, terms = self._session, self._terms
         try:
-            if session.closed:
-                return
-            self._settle()
-            unseen = [*self._drawn, *self._leased]
-            if unseen:
-                request = lg.ReturnLeasesRequest(dataset=terms.dataset, epoch=terms.epoch, leases=unseen)
-                session.call(session.client.ledger.return_leases(request), "leases to return", CLOSE_TIMEOUT)
+            if not self._session.closed:
+                self._settle()
+                self._give_back()
         except ParameshError as error:
             log.warning("leases not returned reason=%s: %s", error.reason, error)
         finally:
             self._drop()
+
+    def _give_back(self) -> None:
+        session, terms = self._session, self._terms
+        returned = [*self._drawn, *self._leased]
+        if self._finished:
+            # What an evaluation had is consumed by no step; the ledger need not remember it.
+            returned += self._evaluated
+        elif self._delivered():
+            # A `break`: what the loop had must not keep the others waiting for the epoch's end.
+            # Declaring is part of asking, so what is given in answer goes back at once.
+            request = self._request(1, wait=False, declare=True)
+            returned += session.call(session.client.ledger.lease(request), "batches to declare", CLOSE_TIMEOUT).leases
+        if returned:
+            give = lg.ReturnLeasesRequest(dataset=terms.dataset, epoch=terms.epoch, leases=returned)
+            session.call(session.client.ledger.return_leases(give), "leases to return", CLOSE_TIMEOUT)

@@ -310,11 +310,11 @@ class Session:
             self._activity = lg.ACTIVITY_UNSPECIFIED
 
     def opened(self, loop: object, *, training: bool) -> None:
-        """A loop over a loader begins; steps do not wait for one that evaluates."""
+        """A loop over a loader begins; steps wait for one that evaluates but briefly."""
         if training:
             self._open.add(loop)
         else:
-            self.set_idle()
+            self.set_between()
 
     def ended(self, loop: object) -> None:
         """A loop over a loader ended; after the last one, this worker is between."""

@@ -144,6 +144,70 @@ def test_an_accumulation_remainder_does_not_hold_the_epoch_open():
     assert sum(count for count, _ in results) == 5
 
 
+def test_an_accumulation_remainder_counts_in_the_next_epochs_first_step():
+    cluster = PureCluster()
+
+    def work(session):
+        seen = []
+        train(session, paramesh.DataLoader(Numbers(5 * 4), 4), 3, seen, step_every=2)
+        return seen
+
+    cluster.run(work)
+    assert set(consumed_chunks(cluster).values()) == {1}
+    steps = collections.Counter(len(r.contributors) for r in cluster.records.values())
+    assert steps == {1: 6}
+    by_epoch = collections.Counter(r.epoch for _, r in cluster.consumed)
+    assert by_epoch == {0: 5, 1: 5, 2: 4}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_who_breaks_out_keeps_nobody_waiting(training):
+    cluster = PureCluster(start_workers=2)
+
+    def work(session):
+        loader = paramesh.DataLoader(Numbers(40), 4, train=training)
+        trainer, mine = Trainer(session), []
+        for batch in loader:
+            mine.append(batch.tolist())
+            if session.rank == 0 and len(mine) == 2:
+                break  # the second batch was delivered and is in no step
+            if training:
+                trainer.step()
+        paramesh.barrier("after")  # rank 1 gets here only if it does not wait for rank 0's batch
+        return mine
+
+    first, second = cluster.run(work, 2)
+    assert len(first) == 2
+    assert sorted(i for b in first + second for i in b) == list(range(40))
+
+
+def test_an_evaluation_is_forgotten_by_the_ledger():
+    cluster = PureCluster(start_workers=2)
+
+    def work(session):
+        loader = paramesh.DataLoader(Numbers(24), 4, train=False)
+        for _ in range(5):
+            assert 1 <= len(list(loader)) <= 6
+        paramesh.barrier()
+
+    cluster.run(work, 2)
+    assert len(cluster.ledger.status(0.0).epochs) <= 2
+
+
+def test_an_evicted_evaluation_starts_over_for_what_was_lost():
+    cluster = PureCluster()
+
+    def work(session):
+        mine = []
+        for batch in paramesh.DataLoader(Numbers(40), 4, train=False):
+            mine += batch.tolist()
+            if len(mine) == 12 and session.membership == 1:
+                cluster.evict(session)
+        return session.membership, sorted(set(mine))
+
+    assert cluster.run(work) == [(2, list(range(40)))]
+
+
 def test_a_worker_that_joins_later_passes_finished_epochs():
     cluster = PureCluster()
 
@@ -297,7 +361,7 @@ def test_an_evaluation_binds_to_no_step_and_nobody_waits_for_it():
             if number == 1:
                 with torch.no_grad():
                     for batch in test_loader:
-                        assert not session.active
+                        assert not session.active  # steps wait for it but once, and briefly
                         tested += len(batch)
         return tested
 
