@@ -26,7 +26,7 @@ from paramesh.exchange_async import AsyncExchange
 from paramesh.exchange_local import LocalExchange
 from paramesh.exchange_sync import SyncExchange
 from paramesh.hyper import Value, to_protos
-from paramesh.optimizer_state import State, state_of
+from paramesh.optimizer_state import State, first_values_with, state_of
 from paramesh.options import Options, outer_optimizer, settings_of
 from paramesh.overlap import Overlap
 from paramesh.profiling import phase
@@ -69,6 +69,8 @@ class Attachment:
         self.name = options.name or session.next_optimizer_name()
         self.main: list[Exchange] = [self._exchange(self.name, range(len(inner.param_groups)))]
         """Exchanges of parameters, the first one's groups first."""
+        self._loaded: State = {}
+        """Optimizer state that was loaded before the first step; first values carry it."""
         self._overlap: Overlap | None = None
         if options.overlap_pull and options.mode == "sync":
             self._overlap = Overlap(model, [e for e in self.main if isinstance(e, SyncExchange)])
@@ -122,6 +124,7 @@ class Attachment:
         """A param group was added: it becomes a table, in a group of its own once training began."""
         if not any(exchange.open for exchange in self.main):
             self.main = [self._exchange(self.name, range(index + 1))]
+            self.take_loaded(self._loaded)
             if self._overlap is not None:
                 self._overlap.exchanges = [e for e in self.main if isinstance(e, SyncExchange)]
             return
@@ -324,6 +327,13 @@ class Attachment:
             if not was_active:
                 self.session.set_between()
         return state_of(exchange, cuts)
+
+    def take_loaded(self, state: State) -> None:
+        """Keeps loaded optimizer state until this worker turns out to own first values."""
+        self._loaded = state
+        for exchange in self.main:
+            if state and exchange.position is None:
+                exchange.initialise = first_values_with(exchange, state)
 
     def assign(self, exchange: Exchange, writes: Mapping[int, Sequence[SlotWrite]]) -> None:
         """The chief writes to the servers, all wait for it and pull. Every worker must call it."""

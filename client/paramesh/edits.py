@@ -5,7 +5,7 @@
 
 What a pull brought is the truth; whoever edits `p` afterwards would see the edit undone by the next
 pull. Looking at every byte would cost a pass over the model each step, so there are two cheap looks
-first (has autograd's version counter or the storage moved, do 64 samples spread over the tensor still
+first (has autograd's version counter or the storage moved, do 16 samples spread over the tensor still
 read the same, which catches `p.data.clamp_()`), and only what looks different is held against the
 checksums that came with the pulled frames.
 """
@@ -23,7 +23,7 @@ from paramesh.framing import checksum
 from paramesh.tensors import Bytes, HostCopies, TablePlan, flat_bytes
 from paramesh.v1 import types_pb2
 
-SAMPLES = 64
+SAMPLES = 16
 """Places looked at in each tensor: an edit of all elements is found for certain, one of a single
 element of a large tensor through `.data` is not, and costs nothing but being undone."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,19 +123,19 @@ def load_into_cluster(attachment: Attachment) -> None:
     Before the first step it is kept, and the owner of first values writes it beside them.
     """
     inner = attachment.inner
-    state = dict(inner.state)
+    state: State = dict(inner.state)
     inner.state.clear()
+    attachment.take_loaded(state)
     for exchange in attachment.main:
-        if exchange.position is None:
-            exchange.initialise = _with_state(exchange, state)
-        else:
+        if exchange.position is not None:
             attachment.assign(exchange, writes_of(exchange, state))
 
 
-def _with_state(exchange: Exchange, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Any:
-    def initialise(init_attempt: int) -> dict[int, Sequence[SlotWrite]]:
-        values = exchange.values_to_assign(init_attempt)
-        extra = writes_of(exchange, state)
-        return {partition: [*values[partition], *extra.get(partition, ())] for partition in values}
+def first_values_with(exchange: Exchange, state: State) -> Callable[[int], dict[int, list[SlotWrite]]]:
+    """Returns what an owner of first values writes when state was loaded before."""
+
+    def initialise(init_attempt: int) -> dict[int, list[SlotWrite]]:
+        values, extra = exchange.values_to_assign(init_attempt), writes_of(exchange, state)
+        return {partition: values[partition] + extra.get(partition, []) for partition in values}
 
     return initialise

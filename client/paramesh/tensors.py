@@ -38,6 +38,9 @@ DTYPES: dict[torch.dtype, types_pb2.DType.ValueType] = {
 }
 """What a table can hold."""
 
+_NUMPY = frozenset({torch.float32, torch.float64, torch.float16})
+"""Those that numpy has too; complex ones go by way of real pairs."""
+
 
 def tensor_spec(name: str, tensor: torch.Tensor) -> types_pb2.TensorSpec:
     """Returns the schema of a parameter.
@@ -57,7 +60,13 @@ def flat_bytes(tensor: torch.Tensor) -> Bytes:
     Args:
         tensor: Any shape, one of `DTYPES`. Lazy conjugates are resolved.
     """
-    plain = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype in _NUMPY and tensor.is_contiguous() and not tensor.is_neg():
+        # What nearly every gradient is; three calls instead of six, for models of 500 tensors.
+        direct: Bytes = tensor.numpy().reshape(-1).view(np.uint8)
+        return direct
+    plain = tensor
     if plain.is_complex():
         plain = torch.view_as_real(plain.resolve_conj())
     array: Bytes = plain.resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()

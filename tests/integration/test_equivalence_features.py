@@ -185,6 +185,29 @@ def test_state_goes_to_the_plain_optimizer_and_comes_back(kind: Any) -> None:
         cluster.run(work)
 
 
+def test_loaded_state_outlives_a_param_group_that_is_added_before_the_first_step() -> None:
+    def build(model: torch.nn.Sequential) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model[0].parameters(), lr=0.05, fused=True)
+
+    def work(rank: int) -> torch.Tensor:
+        model, plain = net(), net()
+        reference = build(plain)
+        steps(plain, reference, range(3))
+        model.load_state_dict(plain.state_dict())
+        optimizer = paramesh.DistributedOptimizer(build(model), model, partition_bytes=SMALL)
+        optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+        for one, each in ((model, optimizer), (plain, reference)):
+            each.add_param_group({"params": [one[2].weight], "lr": 0.01})
+            for p in one.parameters():
+                p.grad = None
+            steps(one, each, range(3, 6))
+        assert same_bits(values(model), values(plain))
+        return values(model)
+
+    with Cluster(servers=2, workers=2) as cluster:
+        cluster.run(work)
+
+
 def test_state_dict_before_the_first_step_and_the_local_one_ask_nobody() -> None:
     def work(rank: int) -> None:
         optimizer = distributed(net(), torch.optim.Adam)
