@@ -23,6 +23,7 @@ import torch.utils.data
 from paramesh.errors import ConfigError
 from paramesh.leases import EpochTerms, LeasedEpoch, permutation
 from paramesh.profiling import phase
+from paramesh.routing import check_name
 from paramesh.session import current
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class DataLoader(Generic[T_co]):
 
     Raises:
         ConfigError: an argument cannot work; the message says what to do instead.
+        RequestRefused: NAME, if `name` is not of [A-Za-z0-9_.:/-].
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class DataLoader(Generic[T_co]):
     ):
         _check(dataset, sampler, batch_sampler, generator if shuffle else None, in_order)
         _check_numbers(batch_size, seed)
+        if name:
+            check_name(name, "DataLoader name")
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = bool(shuffle)

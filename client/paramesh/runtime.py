@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from paramesh.errors import ConfigError
+from paramesh.routing import check_name
 from paramesh.session import current
 from paramesh.v1 import ledger_pb2 as lg
 
@@ -89,13 +90,18 @@ def barrier(name: str = "") -> None:
 
     A worker that dies is no longer waited for. After 30 s the log names who is missing.
 
+    Args:
+        name: [A-Za-z0-9_.:/-], tells barriers apart that not all workers reach in one order.
+
     Raises:
+        RequestRefused: NAME.
         Timeout: DEADLINE, after half an hour.
         PartitionOffline: the ledger's server is lost.
     """
+    label = _label("barrier", name)
     session = current()
     if session is not None:
-        _gather(session, f"barrier:{name}", [], 1.0, f"workers at barrier {name!r}")
+        _gather(session, label, [], 1.0, f"workers at barrier {name!r}")
 
 
 def mean(value: V, weight: float = 1.0, name: str = "") -> V:
@@ -105,7 +111,7 @@ def mean(value: V, weight: float = 1.0, name: str = "") -> V:
         value: a number, a tensor (averaged by element), or a dict of them with the same keys
             on every worker. At most 65536 numbers in all.
         weight: how much this worker's value counts, such as its number of samples; >= 0.
-        name: tells means apart that not all workers call in the same order.
+        name: [A-Za-z0-9_.:/-], tells means apart that not all workers call in one order.
 
     Returns:
         The mean, of the type, shape, dtype and device of `value`; an integer or bool comes
@@ -113,16 +119,24 @@ def mean(value: V, weight: float = 1.0, name: str = "") -> V:
 
     Raises:
         ConfigError: the value cannot be averaged, or the weight is negative or not finite.
+        RequestRefused: NAME.
         Timeout: a worker did not come within half an hour.
     """
     if not (math.isfinite(weight) and weight >= 0):
         raise ConfigError(f"mean: weight={weight!r} is not a finite number >= 0")
     numbers, rebuild = _flatten(value)
+    label = _label("mean", name)
     session = current()
     if session is None:
         return cast(V, rebuild(numbers))
-    label = f"mean:{name}"
     return cast(V, rebuild(_gather(session, label, numbers, weight, f"workers at mean {name!r}")))
+
+
+def _label(kind: str, name: str) -> str:
+    """The ledger's name of a rendezvous; wrong ones are refused alone too."""
+    label = f"{kind}:{name}"
+    check_name(label, f"{kind} name")
+    return label
 
 
 def _gather(session: Session, name: str, values: list[float], weight: float, what: str) -> list[float]:

@@ -10,7 +10,7 @@ import paramesh
 import pytest
 import torch
 from paramesh import progress_line, reporter
-from paramesh.errors import ConfigError
+from paramesh.errors import ConfigError, ParameshError
 from paramesh.profiling import phase
 from paramesh.session import using
 from paramesh.v1 import ledger_pb2 as lg
@@ -87,6 +87,19 @@ def test_a_barrier_holds_until_the_last_and_lets_go_when_one_dies():
 
     assert cluster.run(work, 2) == [5.0, None]
     assert sorted(passed) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["two words", "a\n", "x" * 300])
+def test_a_wrong_name_is_refused_alone_too(name):
+    with using(None):
+        for act in (
+            lambda: paramesh.barrier(name),
+            lambda: paramesh.mean(1, name=name),
+            lambda: paramesh.DataLoader(torch.utils.data.TensorDataset(torch.arange(2)), name=name),
+        ):
+            with pytest.raises(ParameshError) as caught:
+                act()
+            assert caught.value.reason == "NAME"
 
 
 def test_barriers_of_different_names_do_not_meet():
