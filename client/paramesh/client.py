@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from paramesh.async_client import AsyncClient
+from paramesh.config import ClientConfig
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
 from paramesh.errors import refuse
 from paramesh.io import IoThread
@@ -23,6 +24,8 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 if TYPE_CHECKING:
+    import concurrent.futures
+
     import torch
 
 __all__ = ["AsyncClient", "Client", "Encoded", "SlotWrite", "Snapshot", "connect"]
@@ -51,8 +54,10 @@ def _flat_bytes(tensor: torch.Tensor) -> memoryview:
 class Client:
     """Synchronous access to tables. Make it with `connect`; use it as a context manager."""
 
-    def __init__(self, client: AsyncClient):
+    def __init__(self, client: AsyncClient, heart: concurrent.futures.Future[None] | None = None):
         self._client = client
+        self._heart = heart
+        """Beats until `close`: a silent client is evicted, and its pushes are refused for ever."""
         self._specs: dict[str, tuple[pb.TableSpec, tuple[PartitionLayout, ...]]] = {}
 
     @property
@@ -206,6 +211,8 @@ class Client:
 
     def close(self) -> None:
         """Say goodbye and close."""
+        if self._heart is not None:
+            self._heart.cancel()
         self._run(self._client.deregister(), "saying goodbye")
         self._run(self._client.close(), "closing")
 
@@ -241,7 +248,9 @@ def connect(coordinators: str, job: str = "default", *, timeout: float = 30.0) -
     Raises:
         Unavailable: UNREACHABLE, if no coordinator answers.
     """
+    from paramesh.heart import beat
+
     io = IoThread.get()
-    return Client(
-        io.run(AsyncClient.connect(coordinators, job, role="tool", timeout=timeout), timeout + 5, "a coordinator")
-    )
+    client = io.run(AsyncClient.connect(coordinators, job, role="tool", timeout=timeout), timeout + 5, "a coordinator")
+    heart = io.submit(beat(client, ClientConfig(coordinators=coordinators, job=job)))
+    return Client(client, heart)

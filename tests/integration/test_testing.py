@@ -10,6 +10,9 @@ import torch
 from paramesh import testing
 from paramesh.errors import ConfigError, ParameshError, PartitionOffline
 
+from tests.cluster import inspection
+from tests.cluster.waiting import wait_until
+
 
 def one_step(rank: int) -> float:
     model = torch.nn.Linear(1, 1, bias=False)
@@ -83,6 +86,16 @@ def test_restarting_the_coordinator_keeps_the_job():
         with cluster.client() as client:
             assert client.tables()
         assert before == [1.5, 1.5]
+
+
+def test_an_idle_tool_is_not_taken_for_dead():
+    """A client of `connect` beats: it may push after a pause longer than the client timeout."""
+    with testing.Cluster(client_timeout=1.0, failure_timeout=1.0, heartbeat_interval=0.2) as cluster:
+        tool = cluster.client()
+        tool.create_table("t", {"w": torch.zeros(2)}, "SGD", {"lr": 1.0})
+        wait_until(lambda: inspection.status(cluster.address).uptime_ms > 3500, 30, "three client timeouts")
+        tool.push("t", {"w": torch.ones(2)})
+        assert tool.pull("t")["w"].tolist() == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize(
