@@ -98,6 +98,7 @@ def measure(name: str, elements: int, plan: dict[str, Any]) -> dict[str, Any]:
     pulling = Stopwatch(session.client, "pull")
     step_seconds = durations(optimizer.step, steps)
     in_step_pull = list(pulling.seconds)
+    assert len(pushing.seconds) == len(in_step_pull) == steps, "a step is one push and one pull"
     paramesh.barrier()
     table = max(session.client.routes.map.tables, key=lambda t: t.table_id).name  # this size's, the newest
     puller = Puller(session, table, elements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,8 @@ from rich.table import Table
 
 def show(benchmark: str, result: dict[str, Any]) -> None:
     """Print one benchmark's result."""
-    console = Console()
+    # In a pipe or a file rich would assume 80 columns and cut the figures.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     if benchmark == "alone":
         _show_alone(console, result)
         return
