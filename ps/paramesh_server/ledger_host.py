@@ -34,17 +34,22 @@ class LedgerHost:
         self._service: LedgerService | None = None
         self._routes: Routes | None = None
 
-    async def follow(self, mine: bool, routes: Routes) -> None:
-        """Make the ledger, hand it the job's configuration, or let it go."""
+    async def follow(self, routes: Routes, *, mine: bool, keep: bool) -> None:
+        """Make the ledger, hand it the job's configuration, or let it go.
+
+        Args:
+            routes: the newest map.
+            mine: the map says that the ledger is here and serves.
+            keep: the map says that the ledger was here last; its state is the only copy.
+        """
         self._routes = routes
-        config = routes.map.config
-        if mine and self._service is None:
-            self._service = LedgerService(self._job, routes.generation, config, now=time.monotonic)
-            log.info("ledger=here generation=%d", routes.generation)
-        elif mine and self._service is not None:
-            self._service.update_config(config)
-        elif self._service is not None and routes.partition(0).primary.node:
+        if self._service is not None and keep:
+            self._service.update_config(routes.map.config)
+        elif self._service is not None:
             await self.close()
+        elif mine:
+            self._service = LedgerService(self._job, routes.generation, routes.map.config, now=time.monotonic)
+            log.info("ledger=here generation=%d", routes.generation)
 
     def service(self) -> LedgerService:
         """The ledger.

@@ -79,6 +79,8 @@ class Partition:
         """Attempt of the first values that are held; 0: none, INITIALISING."""
         self._trained = False
         """Training data came: first values are final."""
+        self._torn = False
+        """An optimizer step broke in its middle: nothing is served any more."""
         self._norm: tuple[int, float] | None = None
         """(step, squared norm) of the step that is being clipped: every worker asks."""
 
@@ -116,11 +118,16 @@ class Partition:
             self.log.append(rp.RECORD_KIND_EPOCH, epoch=epoch)
 
     def check_ready(self) -> None:
-        """Refuse while there are no values.
+        """Refuse while there are no values, or none that can be trusted.
 
         Raises:
             Retryable: INITIALISING.
+            InternalError: INTERNAL.
         """
+        if self._torn:
+            raise refuse(
+                "INTERNAL", f"partition {self.id} was left half-written by an error that the server's log tells of"
+            )
         if self.initialising:
             raise refuse("INITIALISING", f"partition {self.id} has no first values yet", partition=self.id)
 
@@ -202,9 +209,12 @@ class Partition:
         """Sum and step; without parts only the settings change."""
         with self._workspace.borrow(self.layout) as gradient:
             present = sum_parts(self.layout, parts, reduction, gradient)
+            # Until the step is whole: memory that ran out in its middle leaves no state to serve.
+            self._torn = True
             self.optimizer.configure(settings)
             if parts:
                 self.optimizer.step(gradient.views, present)
+            self._torn = False
         self._trained = True
 
     def _changed(self, changes: Iterable[pb.TableHyperParameters]) -> dict[str, Setting]:

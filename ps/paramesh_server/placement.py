@@ -14,6 +14,7 @@ from functools import partial
 from paramesh.channel import header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import ParameshError
+from paramesh.retry import Backoff
 from paramesh.routing import PartitionLayout, Routes, cut
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
@@ -90,16 +91,28 @@ class Placement:
             lambda channel: MapServiceStub(channel).GetMap(request, timeout=CALL_S), CALL_S, "the map"
         )
         self._link.set_map(Routes(answer.map))
-        await asyncio.gather(*self._tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_S)
 
     async def _follow(self, routes: Routes) -> None:
-        async with self._lock:
-            if routes is not self._shards.routes:
-                return  # a newer map is next in line
-            try:
-                await self._reconcile(routes)
-            except Exception:
-                log.exception("placement=failed map_version=%d", routes.version)
+        """Follow one map until it is done, or a newer one is there."""
+        backoff = Backoff()
+        while True:
+            async with self._lock:
+                if routes is not self._shards.routes or await self._try(routes):
+                    return
+            await asyncio.sleep(backoff.next())
+
+    async def _try(self, routes: Routes) -> bool:
+        """Whether nothing is left to be done; what passes (no coordinator) is worth repeating."""
+        try:
+            await self._reconcile(routes)
+        except ParameshError as error:
+            log.warning("placement=waiting map_version=%d reason=%s: %s", routes.version, error.reason, error)
+            return False
+        except Exception:
+            log.exception("placement=failed map_version=%d", routes.version)
+        return True
 
     async def _reconcile(self, routes: Routes) -> None:
         if self.generation and routes.generation > self.generation:
@@ -110,7 +123,8 @@ class Placement:
         for number in [n for n in self._shards.held if n not in rows or not self._keeps(rows[n])]:
             log.info("partition=%d dropped map_version=%d", number, routes.version)
             await self._shards.drop(number)
-        await self._ledger.follow(LEDGER in rows and self._is_mine(rows[LEDGER]), routes)
+        if LEDGER in rows:
+            await self._ledger.follow(routes, mine=self._is_mine(rows[LEDGER]), keep=self._keeps(rows[LEDGER]))
         for number, row in rows.items():
             if number != LEDGER and self._is_mine(row):
                 await self._hold(row)
@@ -137,6 +151,8 @@ class Placement:
                 workspace=self._workspace,
             )
         except ParameshError as error:
+            if error.reason in ("UNREACHABLE", "DEADLINE"):
+                raise  # the coordinator is away: asked again
             log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
             self._shards.fail(row.id, error)
             return
@@ -147,7 +163,7 @@ class Placement:
         if table_id not in self._schemas:
             request = co.DescribeTableRequest(request=header(self._job, self.generation), table_id=table_id)
             answer = await self._link.call(
-                lambda channel: CatalogStub(channel).DescribeTable(request, timeout=CALL_S), 60.0, f"table {table_id}"
+                lambda channel: CatalogStub(channel).DescribeTable(request, timeout=CALL_S), CALL_S, f"table {table_id}"
             )
             self._schemas[table_id] = (answer.spec, cut(answer.spec))
         return self._schemas[table_id]

@@ -29,6 +29,7 @@ from paramesh_server.process import rss_bytes
 from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.shards import Held, Shards
+from paramesh_server.staging import Contribution
 
 H = TypeVar("H", ps.PushHeader, ps.AssignHeader)
 
@@ -192,14 +193,17 @@ class DataPlane:
 
     async def _update(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, key = held.partition, incoming.first.sequenced
-        update = Update(key.seq, _changes(partition, key), key.skip, _scale(key))
-        contribution: Any
+        update = Update(key.seq, {}, key.skip)
+        contribution: Contribution | ParameshError
         try:
-            contribution = incoming.error or await held.compute(partial(contribution_of, partition.layout, incoming))
+            if incoming.error is not None:
+                raise incoming.error
+            update = Update(key.seq, _changes(partition, key), key.skip, _scale(key))
+            contribution = await held.compute(partial(contribution_of, partition.layout, incoming))
         except ParameshError as error:
             if error.reason == "CRC":
                 raise  # damaged on the way: the same seq comes again, whole
-            contribution = error
+            contribution = error  # what cannot ever fit consumes its seq
         deadline = time.monotonic() + GAP_S
         while True:
             outcome = await held.run(partial(partition.push, client, update, contribution))

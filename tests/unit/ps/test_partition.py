@@ -483,3 +483,21 @@ def test_the_hash_sees_every_part_of_the_state() -> None:
     ]
     assert all(a != b for a, b in itertools.combinations(hashes, 2))
     assert pushed(lambda p: None) == hashes[0]
+
+
+def test_a_step_that_breaks_in_its_middle_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a step is no state of the log: better no answer than a wrong one."""
+    partition = ready(SPEC)
+    stage(partition, 1, gradients(partition, 1))
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(partition.optimizer, "step", out_of_memory)
+    with pytest.raises(MemoryError):
+        partition.commit([record(0, [(1, 1.0)])])
+    monkeypatch.undo()
+    assert partition.applied_step == 0
+    assert reason(lambda: partition.commit([record(0, [(1, 1.0)])])) == "INTERNAL"
+    assert reason(lambda: partition.check_step(0)) == "INTERNAL"
+    assert reason(lambda: push(partition, 1, 1)) == "INTERNAL"

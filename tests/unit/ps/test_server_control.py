@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from paramesh.channel import header
-from paramesh.errors import ParameshError
+from paramesh.errors import ParameshError, refuse
+from paramesh.retry import Backoff
 from paramesh.routing import Routes, cut
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
+from paramesh_server import placement
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
 from paramesh_server.ledger_host import LedgerHost
@@ -131,12 +133,49 @@ def test_an_offline_partition_is_kept() -> None:
 
     async def test() -> None:
         node = Node(SPEC)
-        await node.follow(routes(1, [THEM, ME]))
-        kept = node.shards.held[1]
-        lost = routes(2, [THEM, ME])
-        lost.map.partitions[1].state = pb.PARTITION_STATE_OFFLINE
+        await node.follow(routes(1, [ME, ME]))
+        kept, ledger = node.shards.held[1], node.ledger.service()
+        lost = routes(2, [ME, ME])
+        for row in lost.map.partitions:
+            row.state = pb.PARTITION_STATE_OFFLINE
         await node.follow(Routes(lost.map))
+        await node.follow(routes(3, [ME, ME], epoch=2))
         assert node.shards.held[1] is kept
+        assert node.ledger.service() is ledger
+
+
+def test_an_offline_partition_that_is_not_here_is_not_made() -> None:
+    """Nothing here could be its values: a new process of this name is another incarnation."""
+
+    async def test() -> None:
+        node = Node(SPEC)
+        lost = routes(1, [ME, ME])
+        for row in lost.map.partitions:
+            row.state = pb.PARTITION_STATE_OFFLINE
+        await node.follow(Routes(lost.map))
+        assert node.held == []
+        assert await reason(node.control.Evict(evict(1), CONTEXT)) == "PARTITION_OFFLINE"
+
+    on_loop(test)
+
+
+def test_a_coordinator_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schema could not be fetched at first: the partition is made all the same, later."""
+
+    async def test() -> None:
+        node = Node(SPEC)
+        monkeypatch.setattr(placement, "Backoff", lambda: Backoff(first=0.001))
+        answers = iter([refuse("UNREACHABLE", "no coordinator answered"), refuse("UNREACHABLE", "still not")])
+        plain = node.link.call
+
+        async def flaky(make: Callable[[Any], Awaitable[Any]], timeout: float, what: str) -> Any:
+            if what != "the map" and (error := next(answers, None)):
+                raise error
+            return await plain(make, timeout, what)
+
+        monkeypatch.setattr(node.link, "call", flaky)
+        await node.follow(routes(1, [THEM, ME]))
+        assert node.held == [1]
 
     on_loop(test)
 

@@ -432,6 +432,30 @@ def test_damaged_bytes_do_not_consume_the_sequence_number() -> None:
     on_loop(test)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"grad_scale": float("nan")}, "WEIGHT"),
+        ({"hyper_parameters": [pb.TableHyperParameters(table_id=1, hyper_parameters=[pb.HyperParameter(name="lr")])]},
+         "HYPER_PARAMETER"),
+    ],
+)  # fmt: skip
+def test_options_that_are_wrong_consume_the_sequence_number(options: dict[str, Any], wanted: str) -> None:
+    """Their successors must pass: a refused seq becomes a NOOP."""
+
+    async def test() -> None:
+        partition = ready(SPEC)
+        plane = Plane(partition)
+        for _ in range(2):  # the duplicate hears the same
+            [outcome] = await plane.push(*frames_of(partition, 1, **sequenced(1, **options)))
+            assert outcome.error.reason == wanted
+        assert partition.log.lsn == 2
+        [outcome] = await plane.push(*frames_of(partition, 1, **sequenced(2)))
+        assert outcome.lsn == 3
+
+    on_loop(test)
+
+
 def test_work_that_began_ends_although_the_caller_left() -> None:
     """Bad-input row 70: a cancelled push is applied once, and its repetition is a duplicate."""
 
