@@ -205,6 +205,17 @@ def test_sigterm_during_the_start_leaves_nothing(run):
     nothing_is_left(started)
 
 
+def test_two_signals_at_once_leave_nothing_and_no_traceback(run):
+    """As `timeout` in the foreground makes of one Ctrl-C: its own, and the terminal's."""
+    started = run(FOREVER)
+    wait_until(lambda: started.saw("starting 1 server"), START_S, "the servers' start")
+    started.popen.send_signal(signal.SIGINT)
+    started.popen.send_signal(signal.SIGTERM)
+    assert started.wait(END_S) in (130, 143)
+    assert started.err == []
+    nothing_is_left(started)
+
+
 def test_sigkill_of_the_launcher_leaves_nothing(run):
     started = run(STUBBORN)
     wait_until(lambda: started.saw("armed"), START_S, "the worker")

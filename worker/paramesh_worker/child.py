@@ -28,6 +28,8 @@ def become(parent: int, argv: list[str]) -> None:
     """Tie this process's life to `parent`'s and exec `argv`; exit 127 if it cannot be run."""
     import ctypes
 
+    # A Ctrl-C that comes before the program runs ends this quietly.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     # Asked too late if the parent died before the call: then nobody would ever send the signal.
     if os.getppid() != parent:

@@ -264,13 +264,13 @@ def _headline(view: View) -> Text:
         (number(view.samples_per_s), "samples/s"),
     ):
         text.append(value, style="bold").append(f" {unit}   ", style="dim")
-    for count, what, style in (
-        (view.restarts, "restarts", "yellow"),
-        (view.evictions, "evictions", "yellow"),
-        (sum(group.skipped for group in view.groups), "skipped", "yellow"),
+    for count, what in (
+        (view.restarts, "restart"),
+        (view.evictions, "eviction"),
+        (sum(group.skipped for group in view.groups), "skipped step"),
     ):
         if count:
-            text.append(f"{count} {what}   ", style=style)
+            text.append(f"{count} {what}{'s' if count > 1 else ''}   ", style="yellow")
     if view.phase and view.phase != "training":
         text.append(view.phase, style="yellow")
     return text

@@ -88,6 +88,11 @@ class Process:
         if self.returncode is None:
             kill_session(self.pid)
 
+    def end(self) -> None:
+        """Kill it and wait until it is gone, without a loop."""
+        self.kill()
+        self._popen.wait()
+
     async def stop(self, number: int = signal.SIGTERM, grace_s: float = 10.0) -> int:
         """Ask it to end, kill it when `grace_s` have passed; return its exit code."""
         self.send(number)
@@ -115,13 +120,15 @@ class Process:
 
     def _wait_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         # WNOWAIT: leave it a zombie, so that `_ended` may still name its session safely.
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._ended)
 
     def _ended(self) -> None:
-        # Before it is reaped its pid cannot be given to anybody else: now its session may be named.
-        kill_session(self.pid)
+        # Before it is reaped its pid cannot be given to anybody else: only now may its session be named.
+        if self._popen.returncode is None:
+            kill_session(self.pid)
         self._on_end(self)
         self._exit.set_result(self._popen.wait())
 
@@ -221,8 +228,9 @@ class Nursery:
             process.kill()
 
     def close(self) -> None:
-        """Kill what is left and dismiss the janitor."""
-        self.kill()
+        """Kill what is left, wait until it is gone, and dismiss the janitor."""
+        for process in self.alive:
+            process.end()
         if self._adopt:
             self._kill_orphans()
         assert self._janitor.stdin is not None
@@ -246,6 +254,7 @@ class Nursery:
 
     def _tell(self, line: str) -> None:
         assert self._janitor.stdin is not None
-        with contextlib.suppress(OSError):  # Somebody killed the janitor: the kernel's promise remains.
+        # Somebody killed the janitor, or dismissed it: the kernel's promise remains.
+        with contextlib.suppress(OSError, ValueError):
             self._janitor.stdin.write(line.encode())
             self._janitor.stdin.flush()

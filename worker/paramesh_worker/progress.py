@@ -66,8 +66,13 @@ class Group:
 
     @property
     def gap(self) -> int:
-        """Steps between the fastest and the slowest worker."""
-        return max(0, self.max_clock - self.min_clock)
+        """How many steps the fastest worker's started clock is ahead of the slowest worker.
+
+        The clocks count finished steps: in ssp a worker that has finished one more than the bound allows to
+        start is held, so the step after it is not started.
+        """
+        ahead = max(0, self.max_clock - self.min_clock)
+        return min(ahead, self.staleness) if self.mode == "ssp" else ahead
 
 
 @dataclass(frozen=True)

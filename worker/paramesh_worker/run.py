@@ -177,6 +177,8 @@ class Run:
     async def _keep_coordinator(self, cluster: LocalCluster) -> None:
         while True:
             exit_code = await cluster.coordinator.running.exited()
+            if self._interrupted.is_set():  # Its end was asked for: nothing is to be started any more.
+                await asyncio.Event().wait()
             self._display.note(await cluster.coordinator_ended(exit_code), "yellow")
 
     async def _follow_events(self, descriptor: int) -> None:

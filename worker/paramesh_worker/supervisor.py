@@ -80,10 +80,10 @@ class Supervisor:
         )
         self._logs: list[BinaryIO] = []
         """One open file per slot when there is a log folder, else empty."""
-        self._running: dict[int, Process] = {}
-        """The live process of each slot."""
         self._stopping = asyncio.Event()
         """Set once, when the processes are to end: a signal came or a slot failed for good."""
+        self._killing = asyncio.Event()
+        """Set when the processes' grace is over at once: a second signal came."""
         self._signal = 0
         """The signal that made us stop; 0 if none did."""
         self._failure: int | None = None
@@ -151,7 +151,6 @@ class Supervisor:
             process = await self._start(nursery, index, history)
             exit_code = await process.exited()
             ended = Ended(exit_code, time.monotonic() - process.started)
-            self._running.pop(index, None)
             # Before anything else: the other workers' current step waits for this.
             patience_s = STOPPING_REPORT_S if self._stopping.is_set() else REPORT_PATIENCE_S
             await self._link.report_exit(self._slot(index), exit_code, patience_s)
@@ -164,6 +163,8 @@ class Supervisor:
             if verdict.decision is not Decision.RESTART:
                 return verdict.decision
             history = verdict.history
+            if self._logs:
+                await self._printer.write(self._logs[index].fileno(), b"--- restart %d ---\n" % history.total)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(verdict.delay_s):
                     await self._stopping.wait()
@@ -182,19 +183,14 @@ class Supervisor:
         async def sink(stream: int, lines: list[bytes]) -> None:
             await self._show(index, stream, lines)
 
-        if self._logs and history.total:
-            await self._printer.write(self._logs[index].fileno(), b"--- restart %d ---\n" % history.total)
         process = await nursery.spawn(
             f"worker {index}",
             self._command.argv(sys.executable),
             env=child_environment(self._environ, place, self._config.nproc),
             sink=sink,
         )
-        self._running[index] = process
         log.info("started worker=%d pid=%d slot=%s restart=%d", index, process.pid, place.slot, history.total)
         self._emit(event="started", worker=index, pid=process.pid, restart=history.total)
-        if self._stopping.is_set():  # A signal came while it was being started: `_end` has not seen it.
-            process.send(self._signal or signal.SIGTERM)
         return process
 
     # Stopping.
@@ -202,12 +198,11 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         if self._stopping.is_set():
             log.warning("second signal: killing what is left")
-            for process in self._running.values():
-                process.kill()
+            self._killing.set()
             return
         log.info(
-            "signal=%s forwarded to %d processes; those alive after %g s are killed",
-            signal.Signals(number).name, len(self._running), self._config.grace,
+            "signal=%s forwarded; processes alive after %g s are killed",
+            signal.Signals(number).name, self._config.grace,
         )  # fmt: skip
         self._signal = number
         self._stopping.set()
@@ -217,9 +212,11 @@ class Supervisor:
         await self._stopping.wait()
         for process in nursery.alive:
             process.send(self._signal or signal.SIGTERM)
-        await asyncio.sleep(self._config.grace)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.grace):
+                await self._killing.wait()
         for process in nursery.alive:
-            log.warning("killing %s: still alive after %g s", process.name, self._config.grace)
+            log.warning("killing %s: it has not ended yet", process.name)
         nursery.kill()
 
     # What people and ps-run see.

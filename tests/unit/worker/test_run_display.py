@@ -56,7 +56,7 @@ def test_before_the_first_step_the_phase_is_the_headline():
 def test_trouble_is_said():
     text = drawn(replace(VIEW, restarts=2, evictions=1, coordinator_away=True))
     assert "2 restarts" in text
-    assert "1 evictions" in text
+    assert "1 eviction " in text
     assert "coordinator is away; training goes on" in text
 
 

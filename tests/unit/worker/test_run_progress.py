@@ -60,6 +60,13 @@ def test_in_ssp_steps_are_those_of_the_fastest_worker_also_after_it_left():
     assert tracker.view.workers == ()
 
 
+def test_the_gap_is_of_started_clocks():
+    """Having finished 5 more than the slowest, with 4 allowed, the fastest is held and has not started the 6th."""
+    assert replace(SSP, min_clock=10, max_clock=15).gap == 4
+    assert replace(SSP, min_clock=10, max_clock=12).gap == 2
+    assert replace(SSP, mode="async", min_clock=10, max_clock=50).gap == 40
+
+
 def test_the_group_ahead_counts():
     groups = (replace(SYNC, name="d", next_step=7), replace(SYNC, name="g", next_step=5))
     assert tracker_after(Observation(1.0, groups=groups)).view.steps == 7
