@@ -28,6 +28,9 @@ DOMAIN = "paramesh"
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_BROKEN = ("Internal error from Core", "Received RST_STREAM", "Stream removed")
+"""What grpcio says, with INTERNAL or UNKNOWN, of a connection that was reset under a stream."""
+
 _MESSAGE_LIMIT = 700
 """Characters. Errors stay under 1 KiB: they travel in HTTP/2 trailers."""
 
@@ -168,7 +171,8 @@ def from_rpc_error(exc: grpc.RpcError, peer: str = "") -> ParameshError:
 
 def _from_library(code: grpc.StatusCode, details: str, peer: str) -> ParameshError:
     where = f" at {peer}" if peer else ""
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    broken = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and details.startswith(_BROKEN)
+    if broken or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return refuse("UNREACHABLE", f"no answer{where}: {details[:300]}", peer=peer)
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return refuse("DEADLINE", f"no answer{where} within the deadline", peer=peer)

@@ -80,11 +80,11 @@ def test_a_lost_server_is_named_within_5_seconds(process_cluster, fault, victim)
 
 
 @pytest.mark.parametrize("what", ["barrier", "first_step", "loader"])
-def test_every_kind_of_waiting_hears_of_a_lost_server(process_cluster, what):
+def test_every_kind_of_waiting_hears_of_a_lost_server(inprocess_cluster, what):
     """Not only steps: who waits in a barrier, for the first values or for samples is told as well."""
-    cluster = process_cluster(servers=1, start_workers=2)
-    worker = cluster.start_worker("tests.cluster.bodies:wait_alone", supervised=False, what=what)
-    cluster.wait_until(lambda: worker.events("waiting"), 60, "the worker to wait")
+    cluster = inprocess_cluster(servers=1, start_workers=2)
+    worker = cluster.start_worker("tests.cluster.bodies:wait_alone", what=what)
+    cluster.wait_until(lambda: worker.events("waiting"), 30, "the worker to wait")
     began = time.monotonic()
     cluster.kill("server-0")
     cluster.wait_until(lambda: worker.events("failed"), 10, "the worker to hear of it")
