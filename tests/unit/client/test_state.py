@@ -101,6 +101,7 @@ def test_a_worker_that_missed_steps_catches_up_with_the_others():
 @pytest.mark.parametrize("every", [0.0, 1e9])
 def test_all_restarted_go_on_from_what_was_kept(monkeypatch, live, every):
     monkeypatch.setattr(small_state, "EVERY", every)  # 1e9: the first step's state is all there is
+    monkeypatch.setattr(small_state, "SHARE", 1e9)
     cluster = PureCluster()
 
     def script(session, epochs):
@@ -111,6 +112,8 @@ def test_all_restarted_go_on_from_what_was_kept(monkeypatch, live, every):
         for _ in paramesh.epochs(epochs) if live else range(epochs):
             for _ in loader:
                 trainer.step()
+                if session.small_state._put is not None:
+                    session.small_state._put.result(10)
                 rates.append(inner.param_groups[0]["lr"])
             scheduler.step()
         return rates, scheduler.last_epoch
