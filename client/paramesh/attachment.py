@@ -212,7 +212,7 @@ class Attachment:
         if rejoined or not self._still_counts(before, ranges):
             self._give_back(ranges)
             return False
-        contributions = [self._contribution(exchange, amp) for exchange in self.main]
+        contributions = self._contributions(amp)
         return self._give(contributions, ranges, counted if weight is None else weight)
 
     def _still_counts(self, before: Mapping[Exchange, int | None], ranges: Sequence[types_pb2.SampleRange]) -> bool:
@@ -276,15 +276,14 @@ class Attachment:
             raise
         return skipped
 
-    def _contribution(self, exchange: Exchange, amp: AmpState) -> Contribution:
-        gradients = [[p.grad for p in table.plan.parameters] for table in exchange.tables]
-        for table, found in zip(exchange.tables, gradients, strict=True):
-            _refuse_sparse(table.plan, found)
+    def _contributions(self, amp: AmpState) -> list[Contribution]:
+        """All groups' gradients. Unscaled in one go: the scale is used up by it."""
         inf = amp.inf
+        contributions = [_contribution(exchange, inf) for exchange in self.main]
         if not inf:
             with phase("unscale"):
-                amp.unscale([g for group in gradients for g in group if g is not None])
-        return Contribution(gradients, skip=inf)
+                amp.unscale([g for c in contributions for row in c.gradients for g in row if g is not None])
+        return contributions
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -342,6 +341,13 @@ class Attachment:
         barrier(f"assign/{exchange.settings.name}")
         exchange.edits.forget()
         exchange.pull_now(exchange.reopen())
+
+
+def _contribution(exchange: Exchange, skip: bool) -> Contribution:
+    gradients = [[p.grad for p in table.plan.parameters] for table in exchange.tables]
+    for table, found in zip(exchange.tables, gradients, strict=True):
+        _refuse_sparse(table.plan, found)
+    return Contribution(gradients, skip=skip)
 
 
 def _refuse_sparse(plan: TablePlan, gradients: Sequence[torch.Tensor | None]) -> None:
