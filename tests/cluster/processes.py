@@ -161,9 +161,10 @@ class ProcessCluster(ClusterHandle):
     @property
     def env(self) -> dict[str, str]:
         """The environment of every process: ours, one thread each, nothing of a cluster around us."""
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")}
         return clean | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-                        "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1",
+                        "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1",
                         MARK: str(self.directory)}  # fmt: skip
 
     def start(self) -> None:
