@@ -14,7 +14,7 @@ from paramesh.channel import header
 from paramesh.errors import ParameshError
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as t
-from paramesh_server.ledger_service import MARGIN_S, SAY_AFTER_S, LedgerService
+from paramesh_server.ledger_service import MARGIN_S, POLL_S, SAY_AFTER_S, LedgerService
 
 from tests.unit.ps.ledger_world import spec
 from tests.unit.ps.test_ledger_members import refused
@@ -250,3 +250,22 @@ def test_a_long_wait_is_logged_with_ranks_and_over_repeated_polls(caplog: pytest
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(scenario())
+
+
+@on_loop
+async def test_a_wait_that_brings_its_own_end_about_is_not_slept_through() -> None:
+    """The last worker to wait for leases lets the others' step go, which ends the epoch."""
+    served = service()
+    await workers(served, 2)
+
+    def lease(client: int, **fields: Any) -> Awaitable[lg.LeaseResponse]:
+        request = lg.LeaseRequest(request=header("job", 1, client), length=1, chunk=1, **fields)
+        return asyncio.ensure_future(served.Lease(request, Context()))
+
+    last = await lease(1)
+    request = lg.ReadyRequest(request=header("job", 1, 1), group=1, weight=1, samples=last.leases)
+    step = asyncio.ensure_future(served.Ready(request, Context()))
+    await until(lambda: sleeping(served) == 1)
+    answer = await asyncio.wait_for(lease(2, wait=True), POLL_S / 2)  # not at the end of its poll
+    assert answer.finished
+    assert len((await step).record.contributors) == 1
