@@ -52,8 +52,9 @@ def test_digits_learn_in_the_other_modes(mode: str, tmp_path: pathlib.Path) -> N
     assert min(every_worker(r"test accuracy ([\d.]+)%", output)) >= 95
 
 
-def test_linear_regression_finds_the_closed_form(tmp_path: pathlib.Path) -> None:
-    output = ps_run(tmp_path, "examples/linear_regression.py")
+@pytest.mark.parametrize("samples", [2000, 2050], ids=["even", "one-batch-more-for-one"])
+def test_linear_regression_finds_the_closed_form(samples: int, tmp_path: pathlib.Path) -> None:
+    output = ps_run(tmp_path, "examples/linear_regression.py", "--samples", str(samples))
     first, second = every_worker(r"largest difference of a coefficient (\S+)", output)
     assert first == second
     assert first < 0.01
