@@ -147,6 +147,7 @@ class Attachment:
 
     def on_rejoined(self) -> None:
         """The membership is a new one."""
+        self._local_steps = 0  # they are dropped, as their samples go back
         for exchange in self.exchanges:
             exchange.forget_membership()
 
@@ -339,8 +340,7 @@ class Attachment:
         if is_chief() and writes:
             self.session.call(self.session.client.assign(writes), "values to be assigned")
         barrier(f"assign/{exchange.settings.name}")
-        exchange.edits.forget()
-        exchange.pull_now(exchange.reopen())
+        exchange.take_assigned()
 
 
 def _contribution(exchange: Exchange, skip: bool) -> Contribution:

@@ -21,6 +21,8 @@ from paramesh.v1 import types_pb2
 class BufferExchange(LocalExchange):
     """The floating-point buffers of a model."""
 
+    keeps_local_steps = False  # a variance moved by another one's change could become negative
+
     @classmethod
     def of(cls, session: Session, name: str, model: torch.nn.Module) -> BufferExchange:
         """Makes the group of a model's buffers.

@@ -150,6 +150,11 @@ class Exchange(ABC):
     def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
         """Pulls the parameters that a worker needs that stands at a group's position."""
 
+    def take_assigned(self) -> None:
+        """Pulls what the chief has assigned, once it is done."""
+        self.edits.forget()
+        self.pull_now(self.reopen())
+
     # ------------------------------------------------------------------ joining a group
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from paramesh.exchange import Contribution, Outcome
 from paramesh.exchange_sync import SyncExchange
+from paramesh.v1 import ledger_pb2
 
 
 class LocalExchange(SyncExchange):
@@ -18,6 +19,37 @@ class LocalExchange(SyncExchange):
 
     start: list[list[torch.Tensor]]
     """Per table and parameter: the values that the last exchange brought."""
+    keeps_local_steps = True
+    """Whether what changed here since the last exchange outlives a pull that comes between."""
+    _giving = False
+    """Whether the local steps are being exchanged: then a pull brings what became of them."""
+
+    @torch.no_grad()
+    def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
+        """Pulls the group's next step, and takes this worker's local steps since the last exchange along.
+
+        Their samples count in the next exchange, so they must be in its delta. First values and those
+        after an eviction (no position) replace everything: there the samples are somebody else's.
+        """
+        if self.position is None or self._giving or not self.keeps_local_steps:
+            super().pull_now(position)
+            return
+        parameters = [p for table in self.tables for p in table.plan.parameters]
+        mine = [p.detach().clone() for p in parameters]
+        starts = [start for row in self.start for start in row]
+        try:
+            super().pull_now(position)
+        except BaseException:
+            for p, value in zip(parameters, mine, strict=True):
+                p.copy_(value)  # half a pull must not pass for local steps
+            raise
+        for p, value, start in zip(parameters, mine, starts, strict=True):
+            p.add_(value - start)
+
+    def take_assigned(self) -> None:
+        """Pulls what was assigned; that replaces local steps too."""
+        self.after_pull()
+        super().take_assigned()
 
     def after_pull(self) -> None:
         """Keeps a copy of what was pulled, to subtract from."""
@@ -36,4 +68,8 @@ class LocalExchange(SyncExchange):
     def step(self, contribution: Contribution) -> Outcome:
         """Exchanges deltas; the contribution's gradients were used up by local steps."""
         contribution.gradients = self.deltas()
-        return super().step(contribution)
+        self._giving = True
+        try:
+            return super().step(contribution)
+        finally:
+            self._giving = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import paramesh
 import torch
 from paramesh.testing import Cluster
@@ -35,3 +37,48 @@ def test_a_group_added_later_is_unscaled_too() -> None:
     plain = net()
     expected = train(plain, torch.optim.SGD(plain[0].parameters(), lr=0.1, fused=True))
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
+
+
+def constant_steps(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Each step takes 1 off."""
+    for _ in range(count):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def test_local_steps_outlive_an_exchange_of_the_others() -> None:
+    paused, exchanged = threading.Event(), threading.Event()
+
+    def work(rank: int) -> list[float]:
+        p = torch.nn.Parameter(torch.zeros(100))
+        model = torch.nn.ParameterList([p])
+        optimizer = paramesh.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), model, mode="local", every=4)
+        paramesh.broadcast(model)
+        if rank == 1:
+            assert paused.wait(30)
+            constant_steps(p, optimizer, 4)  # alone: -4
+            paramesh.pause()
+            exchanged.set()
+            return p.detach().unique().tolist()
+        constant_steps(p, optimizer, 2)
+        paramesh.pause()
+        paused.set()
+        assert exchanged.wait(30)
+        constant_steps(p, optimizer, 2)
+        return p.detach().unique().tolist()
+
+    with Cluster(workers=2) as cluster:
+        assert cluster.run(work) == [[-8.0], [-4.0]]
+
+
+def test_an_assignment_replaces_local_steps() -> None:
+    def work(rank: int) -> list[float]:
+        p = torch.nn.Parameter(torch.zeros(100))
+        model = torch.nn.ParameterList([p])
+        optimizer = paramesh.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), model, mode="local", every=4)
+        constant_steps(p, optimizer, 1 + rank)
+        paramesh.assign(model)
+        return p.detach().unique().tolist()
+
+    with Cluster(workers=2) as cluster:
+        assert cluster.run(work) == [[-1.0], [-1.0]]
