@@ -28,7 +28,7 @@ from paramesh.framing import DEFAULT_CHECKSUM, encode
 from paramesh.lanes.grpc_lane import GrpcLane, Sink
 from paramesh.ledger_client import LedgerClient
 from paramesh.memory import keep_big_buffers
-from paramesh.retry import Backoff
+from paramesh.retry import CONSUMED, Backoff
 from paramesh.routing import Routes
 from paramesh.status import from_detail
 from paramesh.v1 import coordinator_pb2 as co
@@ -40,11 +40,6 @@ PUSH_TIMEOUT_S = 60.0
 """After this the outcome of a push is unknown; JobConfig.push_timeout_ms overrides it."""
 
 _PASSING = ("UNREACHABLE", "DEADLINE")
-
-_PAYLOAD_REASONS = frozenset(
-    {"DTYPE", "SHAPE", "PAYLOAD_SIZE", "CODEC", "NON_FINITE", "HYPER_PARAMETER", "TENSOR_MISMATCH"}
-)
-"""A sequenced push refused for one of these was consumed as a NOOP: the next seq is due."""
 
 R = TypeVar("R")
 Answers = Mapping[int, R | ParameshError]
@@ -249,8 +244,11 @@ class AsyncClient:
         if "NEED_STEPS" in reasons:
             behind = min(int(e.metadata.get("applied_step", "0")) for e in failed.values() if e.reason == "NEED_STEPS")
             answer = await self.ledger.get_steps(ledger_pb2.GetStepsRequest(group=group, first=behind))
-            have = {r.step: r for r in [*answer.records, *records]}
-            return [have[step] for step in sorted(have)]
+            have = {r.step: r for r in [*records, *answer.records]}  # the ledger's may have their clip factor by now
+            supplied = [have[step] for step in sorted(have)]
+            if supplied == records:  # what is needed is still to come: a decision or a clip factor
+                await asyncio.sleep(backoff.next())
+            return supplied
         for partition, error in failed.items():
             if error.reason == "NOT_STAGED" and records:
                 missing = [int(c) for c in error.metadata.get("client_ids", "").split(",") if c]
@@ -396,7 +394,7 @@ class AsyncClient:
 
             answers = _outcomes(await lane.push(messages(), timeout))
             for p, answer in answers.items():
-                if not isinstance(answer, ParameshError) or answer.reason in _PAYLOAD_REASONS:
+                if not isinstance(answer, ParameshError) or answer.reason in CONSUMED:
                     self._seq[p] = self._seq.get(p, 0) + 1
             return answers
 

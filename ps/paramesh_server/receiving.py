@@ -115,10 +115,8 @@ class Gathering(Generic[H]):
         incoming.error = incoming.error or refuse("PAYLOAD_SIZE", f"more than {bound} bytes came for the partition")
 
     def unfinished(self) -> list[Incoming[H]]:
-        """The partitions whose last frame has not come; each with its error."""
+        """The partitions whose last frame has not come; they are the caller's from now on."""
         rest = list(self._open.values())
-        for incoming in rest:
-            incoming.error = refuse("MISSING_FIELD", "the stream ended before the partition's last frame", field="last")
         self._open.clear()
         return rest
 

@@ -19,6 +19,7 @@ from paramesh import hyper
 from paramesh.channel import check_header, grpc
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed
+from paramesh.retry import CONSUMED
 from paramesh.status import detail_of
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
@@ -134,7 +135,7 @@ class DataPlane:
                         done.first.committed.extend(committed)
                     tasks.append(self._spawn(self._outcome(client, done, handle)))
             for rest in gathering.unfinished():
-                tasks.append(self._spawn(self._outcome(client, rest, handle)))
+                tasks.append(self._spawn(self._outcome(client, rest, self._cut_short)))
             # Shielded: what is complete is handled even if the caller goes away.
             return await asyncio.shield(asyncio.gather(*tasks))
         finally:
@@ -167,6 +168,15 @@ class DataPlane:
         finally:
             self._in_flight.give(incoming.nbytes)
         return answer
+
+    async def _cut_short(self, client: int, incoming: Incoming[Any]) -> tuple[Partition, Outcome]:
+        """Refuse what has no last frame, changing nothing: no NOOP either.
+
+        gRPC may end the requests as if the caller had finished when it went away in the
+        middle; it sends the same seq again, whole.
+        """
+        await self.find(incoming.first.partition, incoming.first.epoch)
+        raise refuse("MISSING_FIELD", "the stream ended before the partition's last frame", field="last")
 
     async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Partition, Outcome]:
         held = await self.find(incoming.first.partition, incoming.first.epoch)
@@ -201,7 +211,7 @@ class DataPlane:
             update = Update(key.seq, _changes(partition, key), key.skip, _scale(key))
             contribution = await held.compute(partial(contribution_of, partition.layout, incoming))
         except ParameshError as error:
-            if error.reason == "CRC":
+            if error.reason not in CONSUMED:
                 raise  # damaged on the way: the same seq comes again, whole
             contribution = error  # what cannot ever fit consumes its seq
         deadline = time.monotonic() + GAP_S
