@@ -273,7 +273,8 @@ class Attachment:
             log.warning("evicted during a step group=%s why=%s", self.name, error)
             self._rejoin()
         except BaseException:
-            self.session.deliveries.restore(ranges)
+            if not contributions[0].decided:
+                self.session.deliveries.restore(ranges)
             raise
         return skipped
 

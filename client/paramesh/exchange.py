@@ -96,6 +96,8 @@ class Contribution:
     """Ranges that the step consumes."""
     skip: bool = False
     """An inf was found under AMP: nothing is applied anywhere."""
+    decided: bool = False
+    """Set once the ledger has decided the step: what became of `samples` is settled."""
 
 
 @dataclass

@@ -50,6 +50,8 @@ class SyncExchange(Exchange):
         """Parameters of the pull under way that no forward has waited for, by id."""
         self._holders: dict[int, list[int]] = {}
         """id of parameter -> partitions that hold a part of it."""
+        self._overtaken = False
+        """Whether steps of others went on before this worker had the values of the one just decided."""
         self._tried = (-1, 0)
         """The step last tried, and how often: a second try must outrank what the first staged."""
 
@@ -58,9 +60,11 @@ class SyncExchange(Exchange):
         self.finish()
         for _ in range(PULL_TRIES):
             self.before_pull()
-            self.committed = [position.last] if position.HasField("last") else []
+            last = position.last if position.HasField("last") else None
             try:
-                self.session.call(self._pull_on_loop(position.next_step), f"parameters of step {position.next_step}")
+                self.session.call(
+                    self._pull_after_on_loop(last, position.next_step), f"parameters of step {position.next_step}"
+                )
             except ParameshError as error:
                 if error.reason != "STEP_OUT_OF_RANGE":
                     raise
@@ -73,6 +77,11 @@ class SyncExchange(Exchange):
                 self.speculation.discard()
             return
         raise refuse("STEP_OUT_OF_RANGE", f"steps overtook {PULL_TRIES} pulls; become active first")
+
+    async def _pull_after_on_loop(self, last: types_pb2.StepRecord | None, step: int) -> None:
+        """Pulls values after a decision whose contributors may all be gone before it was clipped."""
+        self.committed = [] if last is None else [await self._clipped_on_loop(last)]
+        await self._pull_on_loop(step)
 
     async def _pull_on_loop(self, step: int) -> None:
         await self.client.pull(self.partitions, self.sink, group=self.group, step=step, committed=self.committed)
@@ -106,14 +115,15 @@ class SyncExchange(Exchange):
         _name_attempts(request, attempts)
         self.before_pull()
         try:
-            response = self.session.call(self._step_on_loop(request, encoded, attempts, early), f"step {step}")
+            response = self.session.call(
+                self._step_on_loop(request, encoded, attempts, early, contribution), f"step {step}"
+            )
         finally:
             if self.speculation is not None:
                 self.speculation.next_step()
-        self._receive(step + 1)
         for table, current, _ in changes:
             table.sent = current
-        self.position = step + 1
+        self._receive(step + 1)
         return Outcome(step, skipped=response.record.skip, record=response.record)
 
     def _encode(
@@ -147,9 +157,18 @@ class SyncExchange(Exchange):
 
     # ------------------------------------------------------------------ arrival of values
 
+    @property
+    def _overlaps(self) -> bool:
+        # With backup workers, steps go on without this one: values could be replaced under its forward.
+        return self.overlap and not self.settings.backup_workers
+
     def _receive(self, step: int) -> None:
-        """Values of the next step are here, or, with overlap, on their way."""
-        if not self.overlap:
+        """Values of the next step are here, on their way (with overlap), or gone already."""
+        if self._overtaken:
+            self.pull_now(self.reopen())
+            return
+        self.position = step
+        if not self._overlaps:
             self.after_pull()
             return
         self._arrived = {partition: threading.Event() for partition in self.partitions}
@@ -176,7 +195,7 @@ class SyncExchange(Exchange):
         for parameter in mine:
             for partition in self._partitions_of(parameter):
                 self._arrived[partition].wait()
-        if self._arriving.done():
+        if self._arriving.done() and not _was_overtaken(self._arriving):
             self._arriving.result()
         # Before their forward, exactly once: autograd refuses a backward through values that
         # were marked as changed after it had saved them.
@@ -196,7 +215,13 @@ class SyncExchange(Exchange):
         if self._arriving is None:
             return
         arriving, self._arriving = self._arriving, None
-        self.session.wait(arriving, f"parameters of step {self.position}")
+        try:
+            self.session.wait(arriving, f"parameters of step {self.position}")
+        except ParameshError:
+            if not _was_overtaken(arriving):
+                raise
+            self.pull_now(self.reopen())
+            return
         self.scatter.finish(self._unseen.values())
         self._unseen = {}
         self.edits.remember()
@@ -221,6 +246,7 @@ class SyncExchange(Exchange):
         encoded: Mapping[int, Encoded],
         attempts: Mapping[int, int],
         early: Mapping[int, concurrent.futures.Future[object]],
+        contribution: Contribution,
     ) -> ledger_pb2.ReadyResponse:
         with phase("push"):
             if encoded:
@@ -229,26 +255,50 @@ class SyncExchange(Exchange):
                 await asyncio.wrap_future(future)
         with phase("ready"):
             response = await self._ready_on_loop(request)
-        record = response.record
-        if record.needs_clip and not record.has_clip_factor and not record.skip:
-            record = await self._clip_on_loop(record)
-            response.record.CopyFrom(record)
-        self.committed = [record]
-        if not self.overlap:
-            await self._pull_on_loop(request.step + 1)
+        contribution.decided = True
+        await self._conclude_on_loop(response)
         return response
+
+    async def _conclude_on_loop(self, response: ledger_pb2.ReadyResponse) -> None:
+        """After a decision: its clip factor, and the values of the next step."""
+        self._overtaken = False
+        try:
+            record = await self._clipped_on_loop(response.record)
+            response.record.CopyFrom(record)
+            self.committed = [record]
+            if not self._overlaps:
+                await self._pull_on_loop(record.step + 1)
+        except ParameshError as error:
+            if error.reason != "STEP_OUT_OF_RANGE":
+                raise
+            # Too late for a step (backup workers), or evicted after its Ready: the group is further.
+            self._overtaken = True
 
     async def _ready_on_loop(self, request: ledger_pb2.ReadyRequest) -> ledger_pb2.ReadyResponse:
         """Ready until decided; an evicted worker is told the decision of a step it was named in."""
-        response = await self.client.ledger.ready(request)
+        try:
+            response = await self.client.ledger.ready(request)
+        except ParameshError as error:
+            if error.reason != "STEP_OUT_OF_RANGE":
+                raise
+            raise Fenced(f"the decision of step {request.step} is forgotten: {error}", reason="EVICTED") from error
         if response.record.step != request.step:
             raise Fenced(f"asked for step {request.step}, the group is at {response.record.step}", reason="EVICTED")
         if not response.included:
             log.warning("too late step=%d: the step was decided without this contribution", request.step)
         return response
 
-    async def _clip_on_loop(self, record: types_pb2.StepRecord) -> types_pb2.StepRecord:
-        norms = await self.client.norms(self.partitions, self.group, [*self.committed, record])
+    async def _clipped_on_loop(self, record: types_pb2.StepRecord) -> types_pb2.StepRecord:
+        """Returns a decision as partitions can apply it: with its clip factor, if it needs one."""
+        if not record.needs_clip or record.has_clip_factor or record.skip:
+            return record
+        before = [r for r in self.committed if r.step < record.step]
+        try:
+            norms = await self.client.norms(self.partitions, self.group, [*before, record])
+        except ParameshError as error:
+            if error.reason != "STEP_OUT_OF_RANGE":
+                raise
+            norms = {}  # a partition has applied it, so the factor is known: the ledger answers at once
         parts = [
             ledger_pb2.PartitionSquaredNorm(partition=partition, squared_norm=value)
             for partition, value in norms.items()
@@ -268,3 +318,11 @@ def _name_attempts(request: ledger_pb2.ReadyRequest, attempts: Mapping[int, int]
 def _set_all(events: Mapping[int, threading.Event]) -> None:
     for event in events.values():
         event.set()
+
+
+def _was_overtaken(arriving: concurrent.futures.Future[None]) -> bool:
+    """Whether a pull ended because the group is past the step whose values it asked for."""
+    if not arriving.done() or arriving.cancelled():
+        return False
+    error = arriving.exception()
+    return isinstance(error, ParameshError) and error.reason == "STEP_OUT_OF_RANGE"
