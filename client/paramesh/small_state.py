@@ -153,10 +153,19 @@ class SmallState:
             self._first_look()
             known = self._found.version if self._waiting is None else -1
             # What was put last may be older than what this worker has, or restored already.
-            if self._look() and self._found.version > max(mine, known):
+            if self._look() and self._found.version > max(mine, known) and not self._overtaken():
                 self._restore()
         elif self._keeper and self.version:
             self._keep()
+
+    def _overtaken(self) -> bool:
+        """Whether what was found is from before a loop that began here.
+
+        Then this script has done already what comes between loops, such as a scheduler's step per epoch,
+        and would have it undone. The steps that it missed are made up for in its first step.
+        """
+        loops, begun = self._content().get("loops"), self._session.data.loops
+        return isinstance(loops, dict) and any(count < begun.get(name, 0) for name, count in loops.items())
 
     def on_rejoined(self) -> None:
         """This worker is somebody else now."""

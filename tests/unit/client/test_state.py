@@ -97,6 +97,45 @@ def test_a_worker_that_missed_steps_catches_up_with_the_others():
     assert max(results) == 9
 
 
+class Counter:
+    """Stands for an average of the parameters: it changes in every step."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_state_of_an_epochs_end_does_not_undo_what_the_script_did_after_it(monkeypatch):
+    monkeypatch.setattr(small_state, "EVERY", 0.0)
+    monkeypatch.setattr(small_state, "SHARE", 1e9)
+    cluster = PureCluster(start_workers=2)
+
+    def work(session):
+        trainer, scheduler, inner = made(session)
+        average = Counter()
+        paramesh.state(scheduler=scheduler, average=average)
+        loader = paramesh.DataLoader(Numbers(5), 1)
+        for epoch in range(4):
+            for _ in loader:  # three batches for one, two for the other, which misses a step
+                assert scheduler.last_epoch == epoch
+                assert inner.param_groups[0]["lr"] == pytest.approx(0.9**epoch)
+                average.count += 1
+                trainer.step()
+                if session.small_state._put is not None:
+                    session.small_state._put.result(10)
+            paramesh.barrier()
+            scheduler.step()
+            paramesh.barrier()
+        return scheduler.last_epoch
+
+    assert cluster.run(work, 2) == [4, 4]
+
+
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("every", [0.0, 1e9])
 def test_all_restarted_go_on_from_what_was_kept(monkeypatch, live, every):
