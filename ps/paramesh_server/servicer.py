@@ -8,10 +8,11 @@ on. Copies of a pushed byte: gRPC's into Python, none here until the sum reads i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -253,7 +254,10 @@ class DataPlane:
         self.check(request.request)
         numbers = list(request.partitions) or sorted(self._shards.held)
         here = [self._shards.held[number] for number in numbers if number in self._shards.held]
-        infos = [await held.run(partial(_info, held.partition, request.state_hash)) for held in here]
+        infos: list[ps.PartitionInfo] = []
+        for held in here:
+            with _unless_gone():
+                infos.append(await held.run(partial(_info, held.partition, request.state_hash)))
         return ps.InspectResponse(partitions=infos, threads=threading.active_count(), rss_bytes=rss_bytes())
 
     async def fence(self, clients: Sequence[int]) -> int:
@@ -264,10 +268,22 @@ class DataPlane:
                 partition.fence(client)
 
         self._shards.fenced.update(clients)
-        everywhere = list(self._shards.held.values())
-        for held in everywhere:
-            await held.run(partial(forbid, held.partition), inline=True)
-        return len(everywhere)
+        done = 0
+        for held in list(self._shards.held.values()):
+            with _unless_gone():
+                await held.run(partial(forbid, held.partition), inline=True)
+                done += 1
+        return done
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """Pass over a partition that this process gave up meanwhile."""
+    try:
+        yield
+    except ParameshError as error:
+        if error.reason != "NOT_PRIMARY":
+            raise
 
 
 def _client(request: pb.RequestHeader) -> int:

@@ -41,6 +41,8 @@ class Held:
         self.partition = partition
         self.encoded: dict[int, EncodedValues] = {}
         """Checksum kind -> the newest encoding of the values."""
+        self.closed = False
+        """It was given up: whoever found it before that is refused."""
         self._pool = pool
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -63,7 +65,12 @@ class Held:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def run(self, work: Callable[[], T], *, inline: bool | None = None) -> T:
-        """Run work that owns the partition. Once begun it ends, even if the caller is cancelled."""
+        """Run work that owns the partition. Once begun it ends, even if the caller is cancelled.
+
+        Raises:
+            Retryable: NOT_PRIMARY, if the partition was given up meanwhile: what work would
+                hold of the server's budget, nobody would ever give back.
+        """
         task = asyncio.ensure_future(self._exclusive(work, inline))
         self._work.add(task)
         task.add_done_callback(self._finished)
@@ -76,6 +83,9 @@ class Held:
 
     async def _exclusive(self, work: Callable[[], T], inline: bool | None) -> T:
         async with self._lock:
+            if self.closed:
+                number = self.partition.id
+                raise refuse("NOT_PRIMARY", f"partition {number} is no longer held here", partition=number)
             before = self.partition.log.lsn
             try:
                 return await self.compute(work, inline=inline)
@@ -92,9 +102,17 @@ class Held:
         return False
 
     async def close(self) -> None:
-        """Finish what runs and let go of what is staged."""
-        await self.run(self.partition.close, inline=True)
-        self.encoded.clear()
+        """Finish what runs, refuse what comes after, and let go of what is staged; repeatable."""
+        task = asyncio.ensure_future(self._close())
+        self._work.add(task)
+        task.add_done_callback(self._finished)
+        await asyncio.shield(task)
+
+    async def _close(self) -> None:
+        async with self._lock:
+            self.closed = True
+            self.partition.close()
+            self.encoded.clear()
 
 
 class Shards:

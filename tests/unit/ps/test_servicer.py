@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -526,5 +527,55 @@ def test_norms_and_inspect() -> None:
         assert await plane.plane.fence([CLIENT, 6]) == 1
         [outcome] = await plane.push(*frames_of(partition, 4))
         assert outcome.error.reason == "CLIENT_FENCED"
+
+    on_loop(test)
+
+
+def test_what_found_a_partition_before_it_was_dropped_leaves_nothing_behind() -> None:
+    """Invariant 26: bytes staged in a partition that is gone would count against the budget for ever."""
+
+    async def test() -> None:
+        partition = ready(table([200_000]))  # too big for the event loop: its checks run in the pool
+        rows = [pb.Partition(id=1, primary=pb.ReplicaRef(node="other", incarnation=1), epoch=2)]
+        plane = Plane(partition, rows=rows)
+        held, release = plane.shards.held[1], threading.Event()
+        for _ in range(2):
+            plane.pool.submit(release.wait, 10)
+        pushes = [
+            asyncio.ensure_future(plane.push(*frames))
+            for frames in (frames_of(partition), frames_of(partition, **sequenced(1)))
+        ]
+        while plane.pool._work_queue.qsize() < 2:  # noqa: ASYNC110 - both have found it and are being checked
+            await asyncio.sleep(0)
+        await plane.shards.drop(1)
+        release.set()
+        assert [(await push)[0].error.reason for push in pushes] == ["NOT_PRIMARY"] * 2
+        assert partition.staging.nbytes == plane.counters.in_flight == partition.pushes == 0
+        await held.close()
+
+    on_loop(test)
+
+
+def test_fences_and_inspections_pass_over_a_partition_that_goes_away() -> None:
+    async def test() -> None:
+        going, staying = ready(SPEC), ready(SPEC)
+        staying.id = 2
+        plane = Plane(going, staying)
+        held = plane.shards.held[1]
+        begun, release = threading.Event(), threading.Event()
+        blocked = asyncio.ensure_future(held.run(lambda: (begun.set(), release.wait(10)), inline=False))
+        while not begun.is_set():  # noqa: ASYNC110 - set in a thread
+            await asyncio.sleep(0)
+        closing = asyncio.ensure_future(held.close())
+        await asyncio.sleep(0)
+        fencing = asyncio.ensure_future(plane.plane.fence([CLIENT]))
+        context: Any = Context()
+        inspecting = asyncio.ensure_future(plane.plane.Inspect(ps.InspectRequest(request=header("job", 3)), context))
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(blocked, closing)
+        assert await fencing == 1
+        assert staying.dedup.fenced(CLIENT)
+        assert [info.partition for info in (await inspecting).partitions] == [2]
 
     on_loop(test)
