@@ -27,7 +27,7 @@ from paramesh.exchange_local import LocalExchange
 from paramesh.exchange_sync import SyncExchange
 from paramesh.hyper import Value, to_protos
 from paramesh.optimizer_state import State, first_values_with, state_of
-from paramesh.options import Options, outer_optimizer, settings_of
+from paramesh.options import Options, check_settings, outer_optimizer, settings_of
 from paramesh.overlap import Overlap
 from paramesh.profiling import phase
 from paramesh.runtime import barrier, is_chief
@@ -114,6 +114,7 @@ class Attachment:
         if self.options.mode == "local":
             class_name, outer = outer_optimizer(self.options.outer)
             settings = lambda: outer  # noqa: E731 - fixed, where the other reads what schedulers change
+        check_settings(class_name, settings())  # torch looks at the defaults only, not at what a group has itself
         spec = types_pb2.OptimizerSpec(class_name=class_name, hyper_parameters=to_protos(settings()))
         return Table(TablePlan(name, group, named, spec, self.options.partition_bytes), settings)
 
@@ -207,6 +208,7 @@ class Attachment:
             exchange.edits.check()
         before = {exchange: exchange.position for exchange in self.main}
         rejoined = self._become_active()
+        rejoined = self.session.deliveries.lost(self.name) or rejoined
         if self.options.mode == "local" and not rejoined:
             return self._local_step(weight, amp)
         ranges, counted = self.session.deliveries.take(self.name)
@@ -263,7 +265,7 @@ class Attachment:
                 outcome = exchange.step(contribution)
                 skipped = skipped or outcome.skipped
                 if exchange is self.main[0]:
-                    ranges = ()  # decided: they count
+                    contribution.decided = True  # the ranges count
                     self.session.after_step(exchange.group, outcome.step, outcome.record)
             if self._overlap is not None:
                 self._overlap.stepped()
@@ -274,7 +276,7 @@ class Attachment:
             self._rejoin()
         except BaseException:
             if not contributions[0].decided:
-                self.session.deliveries.restore(ranges)
+                self.session.deliveries.restore(ranges, self.name)
             raise
         return skipped
 

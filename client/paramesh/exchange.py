@@ -22,6 +22,7 @@ from paramesh.edits import Edits, partition_bytes
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
 from paramesh.errors import ParameshError, refuse
 from paramesh.hyper import Value, difference, to_protos
+from paramesh.options import check_settings
 from paramesh.routing import schema_digest
 from paramesh.tensors import HostCopies, Scatter, TablePlan
 from paramesh.v1 import ledger_pb2, types_pb2
@@ -299,12 +300,17 @@ class Exchange(ABC):
     # ------------------------------------------------------------------ hyper-parameters
 
     def changed_settings(self) -> list[tuple[Table, dict[str, Value], dict[str, Value]]]:
-        """Returns (table, all settings, those changed since last sent), for tables with a change."""
+        """Returns (table, all settings, those changed since last sent), for tables with a change.
+
+        Raises:
+            ParameshError: HYPER_PARAMETER, torch does not take them: no server could apply the step.
+        """
         found = []
         for table in self.tables:
             current = dict(table.settings())
             changed = difference(table.sent, current)
             if changed:
+                check_settings(table.plan.spec.optimizer.class_name, current)
                 found.append((table, current, changed))
         return found
 

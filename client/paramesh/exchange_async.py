@@ -47,8 +47,8 @@ class AsyncExchange(Exchange):
         """
         assert self.position is not None
         clock = self.position
-        encoded = encode(self.tables, contribution, self.host)
         changes = self.changed_settings()
+        encoded = encode(self.tables, contribution, self.host)
         request = ledger_pb2.ClockRequest(group=self.group, finished=clock + 1, samples=contribution.samples)
         self.before_pull()
         self.session.call(self._step_on_loop(request, encoded, as_messages(changes), contribution), f"clock {clock}")

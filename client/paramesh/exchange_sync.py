@@ -100,9 +100,9 @@ class SyncExchange(Exchange):
         """
         assert self.position is not None
         step = self.position
+        changes = self.changed_settings()
         with phase("encode"):
             encoded, attempts, early = self._encode(contribution)
-        changes = self.changed_settings()
         request = ledger_pb2.ReadyRequest(
             group=self.group,
             step=step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from paramesh.config import MODES
 from paramesh.errors import ConfigError, refuse
 from paramesh.hyper import Value, numeric
+from paramesh.hyper_check import complete_settings
 from paramesh.routing import ALIGN
 
 SUPPORTED: tuple[type[torch.optim.Optimizer], ...] = (
@@ -53,6 +55,16 @@ def check_supported(optimizer: torch.optim.Optimizer, mode: str) -> None:
         + ("" if isinstance(optimizer, torch.optim.LBFGS) else "; mode='local' runs any optimizer on the worker"),
         optimizer=kind.__name__,
     )
+
+
+def check_settings(class_name: str, settings: Mapping[str, Value]) -> None:
+    """Refuses hyper-parameters that torch, and so every server, refuses.
+
+    Raises:
+        RequestRefused: HYPER_PARAMETER, in torch's own words.
+    """
+    kind = next(cls for cls in SUPPORTED if cls.__name__ == class_name)
+    complete_settings(kind, settings)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ DEGRADE_AFTER_S = 2.0
 one failure timeout, after which nobody believes that it lives."""
 
 
-def clip_factor(squared_norms: list[float], max_norm: float) -> float:
-    """The factor of `torch.nn.utils.clip_grad_norm_`, rounded once to fp32.
+def clip_factor(squared_norms: list[float], max_norm: float) -> float | None:
+    """The factor of `torch.nn.utils.clip_grad_norm_`, rounded once to fp32; None: the norm is not finite.
 
     Args:
         squared_norms: of each partition, in partition order; summed in fp64 in that order.
@@ -33,6 +33,8 @@ def clip_factor(squared_norms: list[float], max_norm: float) -> float:
     total = 0.0
     for squared in squared_norms:
         total += squared
+    if not math.isfinite(total):
+        return None
     factor = min(1.0, max_norm / (math.sqrt(total) + 1e-6))
     return float(struct.unpack("<f", struct.pack("<f", factor))[0])
 
@@ -55,15 +57,17 @@ class Clips:
     def clip(self, request: ClipRequest) -> ClipResponse | Wait:
         """Take norms of a decided step; answer its record when the factor is known.
 
-        The first complete set of norms wins: they are a function of the step, so all agree.
+        The first complete set of norms wins: they are a function of the step, so all agree. A norm
+        that is not finite turns the step into a skip: it is decided, so it must have an end, and no
+        factor makes a NaN harmless.
 
         Raises:
-            RequestRefused: UNKNOWN_GROUP, WRONG_PARTITION, NON_FINITE.
+            RequestRefused: UNKNOWN_GROUP, WRONG_PARTITION, NON_FINITE (a square below 0).
             StateRefused: SCHEMA, STEP_OUT_OF_RANGE.
         """
         group = self._steps.group(request.group)
         record = self._steps.record(group, request.step)
-        if record.has_clip_factor or not record.needs_clip:
+        if record.has_clip_factor or record.skip or not record.needs_clip:
             return ClipResponse(record=record)
         known = self._norms.setdefault((group.number, request.step), {})
         self._check(group, request)
@@ -78,6 +82,11 @@ class Clips:
             )
         ordered = [known[partition] for partition in sorted(known)]
         factor = clip_factor(ordered, group.spec.max_grad_norm)
+        if factor is None:
+            self._desk.notice(
+                f"skipped group={group.spec.name} step={request.step} squared_norms={ordered[:8]}: a gradient "
+                "holds NaN or infinity"
+            )
         self._desk.commit(ClipSet(group.number, request.step, factor))
         return ClipResponse(record=group.records[request.step])
 
@@ -87,11 +96,11 @@ class Clips:
         for norm in request.norms:
             if norm.partition not in partitions:
                 raise refuse("WRONG_PARTITION", f"partition {norm.partition} is not of group {group.spec.name}")
-            if not (math.isfinite(norm.squared_norm) and norm.squared_norm >= 0):
+            if norm.squared_norm < 0:
                 raise refuse(
                     "NON_FINITE",
                     f"the squared gradient norm of partition {norm.partition} in step {request.step} is "
-                    f"{norm.squared_norm}: a gradient holds NaN or infinity",
+                    f"{norm.squared_norm}",
                     partition=norm.partition,
                     step=request.step,
                 )
@@ -132,7 +141,11 @@ class Clips:
         group = self._steps.group(body.group)
         record = StepRecord()
         record.CopyFrom(group.records[body.step])  # answers on their way out hold the old one
-        record.clip_factor, record.has_clip_factor = body.factor, True
+        if body.factor is None:
+            record.skip = True
+            group.skipped += 1
+        else:
+            record.clip_factor, record.has_clip_factor = body.factor, True
         group.records[body.step] = record
         self._norms.pop((body.group, body.step), None)
         self._desk.wake(("clip", body.group, body.step))

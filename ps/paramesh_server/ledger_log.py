@@ -136,7 +136,8 @@ class ClipSet:
 
     group: int
     step: int
-    factor: float
+    factor: float | None
+    """None: the gradient's norm is not finite, and the step is skipped."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,8 +13,6 @@ so that with cuts at multiples of 64 elements neither cuts nor threads change a 
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from paramesh import hyper
 from paramesh.errors import refuse
+from paramesh.hyper_check import complete_settings
 from paramesh.routing import PartitionLayout
 from torch import optim
 
@@ -54,12 +53,6 @@ REFUSED: dict[str, str] = {
 }
 """Known classes whose step is not elementwise, each with the reason that the user reads."""
 
-_IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""How torch computes, not what: fixed here, so ignored when a client sends them."""
-
-_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
-"""Notes that LR schedulers keep in a param group; no optimizer reads them."""
-
 Setting = hyper.Value
 """One of them: a number, a flag, a tuple of numbers or None."""
 
@@ -82,17 +75,6 @@ def optimizer_class(class_name: str) -> Callable[..., optim.Optimizer]:
     return found
 
 
-@functools.cache
-def _known(class_name: str) -> dict[str, Any]:
-    """Constructor arguments of a class with their defaults."""
-    signature = inspect.signature(optimizer_class(class_name))
-    return {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name != "params" and name not in _IMPLEMENTATION
-    }
-
-
 def check_settings(class_name: str, settings: Settings) -> dict[str, Setting]:
     """Hyper-parameters of a class, complete with its defaults, after torch's own checks.
 
@@ -104,45 +86,7 @@ def check_settings(class_name: str, settings: Settings) -> dict[str, Setting]:
         UnsupportedOptimizer: UNSUPPORTED_OPTIMIZER.
         RequestRefused: HYPER_PARAMETER; carries torch's own words.
     """
-    known = _known(class_name)
-    ignored = _IMPLEMENTATION | _SCHEDULERS | ({"decoupled_weight_decay"} if class_name == "AdamW" else set())
-    asked = {name: value for name, value in settings.items() if name not in ignored}
-    for name, value in asked.items():
-        if name not in known:
-            raise refuse("HYPER_PARAMETER", f"{class_name} has no hyper-parameter {name[:80]!r}", name=name[:80])
-        _check_kind(class_name, name, value, known[name])
-    complete = {**known, **asked}
-    _construct(class_name, tuple(sorted(complete.items())))
-    return complete
-
-
-def _check_kind(class_name: str, name: str, value: Setting, default: Any) -> None:
-    """Torch does not look at kinds, and lets NaN pass where it compares with `<`."""
-    numbers = value if isinstance(value, tuple) else (value,)
-    if isinstance(default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(default, tuple):
-        fits = isinstance(value, tuple) and len(value) == len(default)
-    else:
-        fits = isinstance(value, float | int) and not isinstance(value, bool)
-    if fits and not isinstance(default, bool):
-        fits = all(isinstance(n, float | int) and math.isfinite(n) for n in numbers)
-    if not fits:
-        raise refuse(
-            "HYPER_PARAMETER",
-            f"{class_name}({name}={value}) does not fit: the default is {default}",
-            name=name,
-            value=value,
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def _construct(class_name: str, settings: tuple[tuple[str, Setting], ...]) -> None:
-    """Let torch's constructor judge; cached, as every partition and step asks the same."""
-    try:
-        optimizer_class(class_name)([torch.nn.Parameter(torch.zeros(1))], **dict(settings))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise refuse("HYPER_PARAMETER", f"{class_name}: {error}", optimizer=class_name) from error
+    return complete_settings(optimizer_class(class_name), settings)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ def test_the_factor_is_torchs(max_norm: float, scale: float) -> None:
         parameter.grad = part.clone()
     torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     factor = clip_factor([float((part**2).sum()) for part in parts], max_norm)
+    assert factor is not None
     assert factor == fp32(factor), "one fp32 number, for every partition the same"
     clipped = [p.grad for p in parameters]
     for got, part in zip(clipped, parts, strict=True):
@@ -95,9 +96,8 @@ def test_an_undecided_step_has_no_norms() -> None:
 @pytest.mark.parametrize(
     ("norms", "reason"),
     [
-        ({1: math.nan, 2: 1.0}, "NON_FINITE"),
-        ({1: math.inf}, "NON_FINITE"),
         ({1: -1.0}, "NON_FINITE"),
+        ({1: 1.0, 2: -math.inf}, "NON_FINITE"),
         ({9: 1.0}, "WRONG_PARTITION"),
     ],
 )
@@ -106,6 +106,24 @@ def test_bad_norms_are_refused(norms: dict[int, float], reason: str) -> None:
     with refused(reason):
         world.clip(1, 0, norms)
     assert isinstance(world.clip(1, 0, {2: 1.0}), Wait), "none of a refused set was taken"
+
+
+@pytest.mark.parametrize("norms", [{1: math.nan, 2: 1.0}, {1: 1.0, 2: math.inf}, {1: 1e308, 2: 1e308}])
+def test_a_norm_that_is_not_finite_makes_the_step_a_skip(norms: dict[int, float]) -> None:
+    world = clipping()
+    waiting = world.clip(2, 0, {1: norms[1]})
+    assert isinstance(waiting, Wait)
+    world.ledger.take_woken()
+    answer = world.clip(1, 0, norms)
+    assert isinstance(answer, lg.ClipResponse)
+    assert answer.record.skip
+    assert not answer.record.has_clip_factor
+    assert waiting.key in world.ledger.take_woken()
+    again = world.clip(2, 0, {1: 1.0, 2: 1.0})
+    assert isinstance(again, lg.ClipResponse)
+    assert again.record == answer.record, "the first complete set decides"
+    assert world.status().groups[0].skipped_steps == 1
+    assert world.step(1, 1, 2).step == 1
 
 
 # ---------------------------------------------------------------------- missing contributions
