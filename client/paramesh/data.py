@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import torch
 import torch.utils.data
 
-from paramesh.errors import ConfigError
+from paramesh.errors import ConfigError, Fenced
 from paramesh.leases import EpochTerms, LeasedEpoch, permutation
 from paramesh.profiling import phase
 from paramesh.routing import check_name
@@ -249,7 +249,7 @@ class _Leased(Generic[T_co]):
                     if batch is _END or epoch.stale:
                         break
                     if training:
-                        session.ensure_active()
+                        _become_active(session)
                         if epoch.stale:  # found out only now that it had been evicted
                             break
                     epoch.deliver()
@@ -264,6 +264,14 @@ class _Leased(Generic[T_co]):
 
 
 _END: Any = object()
+
+
+def _become_active(session: Session) -> None:
+    """Steps wait for this worker; one that turns out to be evicted meanwhile joins anew, its leases are gone."""
+    try:
+        session.ensure_active()
+    except Fenced:
+        session.rejoin()
 
 
 def _maker(dataset: Any, **arguments: Any) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
     deliveries.delivered(range, samples=64)        # DataLoader, as it hands out a batch
     ranges, weight = deliveries.take("g0")         # optimizer, for the Ready of this step
-    deliveries.restore(ranges)                     # the Ready never got a decision
+    deliveries.restore(ranges, "g0")               # the Ready never got a decision
 
 Batches are counted when *delivered*: a sampler runs ahead of its prefetching workers and
 cannot know what the loop has seen. A range is consumed by whichever group steps first;
@@ -30,6 +30,12 @@ class Deliveries:
         """Samples delivered since the worker started; never falls."""
         self._taken: dict[object, int] = {}
         """For each group, `_samples` at its last take."""
+        self._before: dict[object, int] = {}
+        """For each group, `_taken` before its last take."""
+        self._stepped: dict[object, int] = {}
+        """For each group, `_samples` when its last step used up the gradient."""
+        self._lost = 0
+        """`_samples` when a membership last ended: those that no step had taken are others' now."""
 
     @property
     def samples(self) -> int:
@@ -62,14 +68,27 @@ class Deliveries:
             delivered since this group's last take, 1 if there were none.
         """
         ranges, self._pending = self._pending, []
-        weight = self._samples - self._taken.get(group, 0)
+        before = self._before[group] = self._taken.get(group, 0)
+        weight = self._samples - max(before, self._lost)
         self._taken[group] = self._samples
         return ranges, float(weight) if weight > 0 else 1.0
 
-    def restore(self, ranges: Iterable[SampleRange]) -> None:
-        """Put ranges back that were taken for a Ready which had no outcome."""
+    def restore(self, ranges: Iterable[SampleRange], group: object) -> None:
+        """Undo a group's last take: its Ready had no outcome, the next one counts the same samples."""
         self._pending = [*ranges, *self._pending]
+        self._taken[group] = self._stepped[group] = self._before.get(group, 0)
+
+    def lost(self, group: object) -> bool:
+        """Note that a group's gradient is used up now; whether it holds samples of an ended membership.
+
+        Micro-batches that were accumulated before an eviction went back to the others with their leases:
+        a gradient that holds one of them must count nowhere.
+        """
+        began = self._stepped.get(group, 0)
+        self._stepped[group] = self._samples
+        return began < self._lost
 
     def clear(self) -> None:
         """Forget all ranges: their leases ended with the membership (eviction)."""
         self._pending = []
+        self._lost = self._samples

@@ -298,6 +298,27 @@ def test_eviction_found_out_by_the_loader():
     assert len(consumed_chunks(cluster)) == 100
 
 
+def test_eviction_found_out_while_becoming_active():
+    """Between the ledger's note and the pull: the group cannot be opened any more."""
+    cluster = PureCluster()
+
+    class Unlucky(Trainer):
+        def on_active(self, positions):
+            if self.session.membership == 1:
+                cluster.evict(self.session)
+            super().on_active(positions)
+
+    def work(session):
+        trainer = Unlucky(session)
+        for _ in paramesh.DataLoader(Numbers(40), 4):
+            trainer.step()
+        return session.membership
+
+    assert cluster.run(work) == [2]
+    assert set(consumed_chunks(cluster).values()) == {1}
+    assert len(consumed_chunks(cluster)) == 10
+
+
 def test_a_dead_workers_leases_go_to_the_others():
     cluster = PureCluster(start_workers=2)
 
