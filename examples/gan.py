@@ -50,10 +50,7 @@ def make_optimizer(network, lr):
 
 def discriminator_loss(discriminator, real, fake):
     """Return the loss that is low where real points score high and made ones low."""
-    return (
-        nn.functional.softplus(-discriminator(real)).mean()
-        + nn.functional.softplus(discriminator(fake)).mean()
-    )
+    return nn.functional.softplus(-discriminator(real)).mean() + nn.functional.softplus(discriminator(fake)).mean()
 
 
 @torch.no_grad()
@@ -95,9 +92,7 @@ def main():
             generator_optimizer.step()
         if (epoch + 1) % 10 == 0:
             found, share = judge(generator, args.noise_size, args.seed)
-            print(
-                f"epoch {epoch + 1}/{args.epochs}: {found} of {MODES} modes, {share:.0%} near one", flush=True
-            )
+            print(f"epoch {epoch + 1}/{args.epochs}: {found} of {MODES} modes, {share:.0%} near one", flush=True)
     found, share = judge(generator, args.noise_size, args.seed)
     print(f"the generator found {found} of {MODES} modes; {share:.0%} of its points are near one", flush=True)
 
