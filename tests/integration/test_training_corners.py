@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 
 import paramesh
+import pytest
 import torch
+from paramesh.leases import LeasedEpoch
+from paramesh.session import current
 from paramesh.testing import Cluster
 
-from tests.integration.test_equivalence_features import net, steps, values
+from tests.integration.test_equivalence_features import evictions, net, steps, values, wait_until
 
 
 def scaled_steps(model: torch.nn.Sequential, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
@@ -82,3 +85,46 @@ def test_an_assignment_replaces_local_steps() -> None:
 
     with Cluster(workers=2) as cluster:
         assert cluster.run(work) == [[-1.0], [-1.0]]
+
+
+class Indices(torch.utils.data.Dataset):
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_accumulation_over_an_eviction_counts_no_sample_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters are the number of times each sample was in a committed step."""
+    length, micro = 36, 6
+    monkeypatch.setattr(LeasedEpoch, "_want", lambda self: 1)  # asks often, so that it notices between micro-batches
+
+    def work(rank: int) -> tuple[list[float], int]:
+        counts = torch.nn.Parameter(torch.zeros(length))
+        model = torch.nn.ParameterList([counts])
+        inner = torch.optim.SGD([counts], lr=1.0)
+        optimizer = paramesh.DistributedOptimizer(inner, model, loss_reduction="sum")
+        session = current()
+        assert session is not None
+        since = 0
+        for number, batch in enumerate(paramesh.DataLoader(Indices(length), 1)):
+            (-counts[batch].sum()).backward()
+            since += 1
+            if number == micro + 1:  # the second micro-batch of the second step
+                session._stop_background()  # its heart stops: as a stopped process's does
+                wait_until(lambda: evictions(session) == 1)
+            if since == micro:
+                optimizer.step()
+                optimizer.zero_grad()
+                since = 0
+        optimizer.step()
+        return counts.detach().tolist(), session.membership
+
+    with Cluster(heartbeat_interval=0.2, failure_timeout=0.9, client_timeout=1.0) as cluster:
+        ((counts, membership),) = cluster.run(work)
+    assert membership == 2
+    assert counts == [1.0] * length
