@@ -96,6 +96,7 @@ class AsyncClient:
 
         Raises:
             Unavailable: UNREACHABLE, if no coordinator answers.
+            Timeout: DEADLINE, if the supervisor is not (or not again) registered in time.
             StateRefused: WRONG_CLUSTER or VERSION.
         """
         if role == "worker":
@@ -116,6 +117,8 @@ class AsyncClient:
                 lambda ch: coordinator_pb2_grpc.MembershipStub(ch).RegisterClient(request, timeout=5.0),
                 timeout,
                 "registering a client",
+                # A supervisor that was thought dead registers again, but its worker may be quicker.
+                passing=frozenset({"UNKNOWN_NODE"}),
             )
         except BaseException:
             await link.close()
@@ -250,12 +253,11 @@ class AsyncClient:
                 await asyncio.sleep(backoff.next())
             return supplied
         for partition, error in failed.items():
-            if error.reason == "NOT_STAGED" and records:
-                missing = [int(c) for c in error.metadata.get("client_ids", "").split(",") if c]
+            if error.reason == "NOT_STAGED":
+                missing = [int(c) for c in error.metadata["client_ids"].split(",")]
+                step = int(error.metadata["step"])  # not always that of the last record
                 await self.ledger.report_missing(
-                    ledger_pb2.ReportMissingRequest(
-                        group=group, step=records[-1].step, partition=partition, client_ids=missing
-                    )
+                    ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
                 )
         wait = backoff.next()
         told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]

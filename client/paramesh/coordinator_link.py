@@ -58,16 +58,24 @@ class CoordinatorLink:
         """The coordinator in use."""
         return self._addresses[self._at]
 
-    async def call(self, make: Callable[[grpc.aio.Channel], Awaitable[Any]], timeout: float, what: str) -> Any:
+    async def call(
+        self,
+        make: Callable[[grpc.aio.Channel], Awaitable[Any]],
+        timeout: float,
+        what: str,
+        passing: frozenset[str] = frozenset(),
+    ) -> Any:
         """Repeat a call over the addresses until it is answered.
 
         Args:
             make: starts the call on a channel, with a deadline of its own.
             timeout: seconds in all.
             what: for the error's text.
+            passing: reasons that pass by themselves in this call, whatever they mean in others.
 
         Raises:
             Unavailable: UNREACHABLE after `timeout`, naming the addresses.
+            Timeout: DEADLINE after `timeout`, with what the coordinator refused with last.
             ParameshError: what the coordinator refused with.
         """
         deadline = time.monotonic() + timeout
@@ -77,15 +85,16 @@ class CoordinatorLink:
                 return await make(self.channel())
             except grpc.RpcError as exc:
                 error = from_rpc_error(exc, self.address)
-            if error.reason not in ("UNREACHABLE", "DEADLINE") and error.action is not Action.BACK_OFF:
+            refused = error.action is Action.BACK_OFF or error.reason in passing
+            if error.reason not in ("UNREACHABLE", "DEADLINE") and not refused:
                 raise error
             if time.monotonic() >= deadline:
-                raise self._gave_up(error, timeout, what)
+                raise self._gave_up(error, timeout, what, refused)
             self._at = (self._at + 1) % len(self._addresses)
             await asyncio.sleep(backoff.next())
 
-    def _gave_up(self, error: ParameshError, timeout: float, what: str) -> ParameshError:
-        if error.action is Action.BACK_OFF:
+    def _gave_up(self, error: ParameshError, timeout: float, what: str, refused: bool) -> ParameshError:
+        if refused:
             return refuse("DEADLINE", f"waited {timeout:g} s for {what}: {error}", what=what, last=error.reason)
         addresses = ", ".join(self._addresses)
         return refuse(

@@ -55,7 +55,7 @@ def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Pa
     """The contributions that a record names, in rank order, with their weights.
 
     Raises:
-        Retryable: NOT_STAGED; metadata `clients` lists whose are missing.
+        Retryable: NOT_STAGED; metadata `client_ids` lists whose are missing.
     """
     weighted = record.loss_reduction != pb.LOSS_REDUCTION_SUM
     parts, missing = [], []
@@ -72,6 +72,6 @@ def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Pa
             f"partition {partition} lacks contributions of step {record.step} from clients {missing}",
             partition=partition,
             step=record.step,
-            clients=",".join(map(str, missing)),
+            client_ids=",".join(map(str, missing)),
         )
     return parts
