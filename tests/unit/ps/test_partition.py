@@ -64,13 +64,13 @@ def made(partition: Partition, seed: int) -> Contribution:
 def test_a_step_sums_and_applies_what_the_record_names() -> None:
     partition = ready(SGD)
     before = [view.clone() for view in partition._views]
-    for client in (1, 2, 3):
+    for client in (1, 2, 3, 4):
         stage(partition, client, gradients(partition, client))
-    partition.commit([record(0, [(1, 2.0), (3, 6.0)])])  # client 2 is too late: it does not count
-    for view, start, a, c in zip(
-        partition._views, before, gradients(partition, 1), gradients(partition, 3), strict=True
-    ):
-        assert torch.equal(view, start - 0.5 * ((a * 2.0 + c * 6.0) / 8.0))
+    partition.commit([record(0, [(4, 2.0), (1, 6.0), (3, 0.3)])])  # client 2 is too late: it does not count
+    of = {client: gradients(partition, client) for client in (1, 3, 4)}
+    for view, start, one, three, four in zip(partition._views, before, of[1], of[3], of[4], strict=True):
+        summed = (four * 2.0 + one * 6.0) + three * 0.3  # in rank order: another one rounds differently
+        assert torch.equal(view, start - 0.5 * (summed / 8.3))
     assert partition.applied_step == 1
     assert partition.staging.nbytes == 0
     assert partition.log.tail()[-1].kind == rp.RECORD_KIND_STEP
@@ -179,10 +179,21 @@ def test_what_is_missing_is_named_and_can_be_supplied() -> None:
     decision = record(0, [(1, 1.0), (2, 1.0), (3, 1.0)])
     with pytest.raises(ParameshError) as caught:
         partition.commit([decision])
-    assert (caught.value.reason, caught.value.metadata["clients"]) == ("NOT_STAGED", "2,3")
+    assert (caught.value.reason, caught.value.metadata["client_ids"]) == ("NOT_STAGED", "2,3")
     for client in (2, 3):
         partition.stage(client, StagedAt(GROUP, 0, 1), made(partition, client), [decision])
     assert partition.applied_step == 1  # the last one that was missing also applied it
+
+
+def test_a_decision_may_name_an_attempt_that_was_tried_again_since() -> None:
+    partition, twin = ready(SPEC), ready(SPEC)
+    partition.stage(1, StagedAt(GROUP, 0, 1), made(partition, 1))
+    partition.stage(1, StagedAt(GROUP, 0, 3), made(partition, 2))
+    partition.commit([record(0, [(1, 1.0)], attempt=1)])
+    stage(twin, 1, gradients(twin, 1))
+    twin.commit([record(0, [(1, 1.0)])])
+    assert raw(partition.flat) == raw(twin.flat)
+    assert partition.staging.nbytes == 0
 
 
 def test_the_attempt_that_the_record_names_counts() -> None:
@@ -190,7 +201,7 @@ def test_the_attempt_that_the_record_names_counts() -> None:
     partition.stage(1, StagedAt(GROUP, 0, 1), made(partition, 1))
     partition.stage(1, StagedAt(GROUP, 0, 2), made(partition, 2))
     partition.stage(1, StagedAt(GROUP, 0, 1), made(partition, 1))  # a delayed copy does not replace
-    assert reason(lambda: partition.commit([record(0, [(1, 1.0)], attempt=1)])) == "NOT_STAGED"
+    assert reason(lambda: partition.commit([record(0, [(1, 1.0)], attempt=3)])) == "NOT_STAGED"
     decision = record(0, [(1, 1.0)], attempt=1)
     decision.contributors[0].overrides.add(partition=partition.id, attempt=2)
     partition.commit([decision])
@@ -374,6 +385,21 @@ def test_a_higher_attempt_replaces_first_values_until_training_begins() -> None:
     stage(partition, 1, gradients(partition, 1))
     assert refused_without_a_trace(partition, lambda: partition.assign(1, 2, one, init_attempt=4)) == "TOO_LATE"
     assert partition.assign(2, 2, three, init_attempt=3).duplicate
+
+
+def test_replaced_first_values_bring_their_own_optimizer_state_or_none() -> None:
+    """An owner that died had loaded a checkpoint; the next one starts fresh: nothing of the first stays."""
+    donor, partition = ready(SPEC), fresh(SPEC)
+    stage(donor, 1, gradients(donor, 1))
+    donor.commit([record(0, [(1, 1.0)])])
+    loaded = [
+        SlotFrame(frame(part.offset, bytes(part.data)), part.slot, part.segment, part.scalar) for part in donor.cut()
+    ]
+    partition.assign(1, 1, loaded, init_attempt=1)
+    assert partition.optimizer.nbytes > 0
+    values = value_writes(partition.layout, random_gradients(partition.layout, 4))
+    partition.assign(2, 1, values, init_attempt=2)
+    assert partition.optimizer.nbytes == 0
 
 
 def test_an_assign_is_applied_once() -> None:

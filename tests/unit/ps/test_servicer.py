@@ -475,6 +475,35 @@ def test_work_that_began_ends_although_the_caller_left() -> None:
     on_loop(test)
 
 
+def test_a_partition_is_not_touched_while_work_of_a_caller_that_left_still_runs() -> None:
+    """The lock belongs to the work, not to the caller: two sums at a time would tear the values."""
+
+    async def test() -> None:
+        held = Plane(ready(SPEC)).shards.held[1]
+        begun, release, order = threading.Event(), threading.Event(), list[str]()
+
+        def slow() -> None:
+            begun.set()
+            release.wait(10)
+            order.append("first")
+
+        leaving = asyncio.ensure_future(held.run(slow, inline=False))
+        while not begun.is_set():  # noqa: ASYNC110 - set in a thread
+            await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        second = asyncio.ensure_future(held.run(lambda: order.append("second"), inline=True))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert order == []
+        release.set()
+        await second
+        assert order == ["first", "second"]
+
+    on_loop(test)
+
+
 def assign_frames(partition: Partition, seed: int, **fields: Any) -> list[Framed[ps.AssignHeader]]:
     frames = []
     for framed in frames_of(partition, seed):
