@@ -23,6 +23,8 @@ from tests.cluster.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER_MAIN = Path(__file__).with_name("worker_main.py")
+TIED = [sys.executable, "-I", "-S", str(ROOT / "worker" / "paramesh_worker" / "child.py"), "exec"]
+"""Runs a command so that the kernel ends it with its parent: a killed pytest leaves nothing."""
 START_DEADLINE = 60.0
 """Seconds for a node to come up. Importing torch takes 2-3 s alone, and several times that
 when all test workers start clusters on two busy cores."""
@@ -55,8 +57,8 @@ class Process:
         """Start it in a session of its own, so that its children can be found and ended with it."""
         with open(self.log_path, "ab") as log:
             self.popen = subprocess.Popen(
-                self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, cwd=ROOT,
+                [*TIED, str(os.getpid()), *self.command], env=self.env, cwd=ROOT, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
     @property

@@ -16,7 +16,7 @@ TALLY = "tests.cluster.bodies:tally"
 @pytest.mark.parametrize("mode", ["sync", "ssp", "async"])
 def test_steps_go_on_without_the_coordinator_and_it_evicts_nobody_when_back(process_cluster, mode):
     """Killed for longer than the failure timeout; steps never stall, and its return is not noticed."""
-    cluster = process_cluster(servers=2, start_workers=2)
+    cluster = process_cluster(servers=1, start_workers=2)
     workers = cluster.start_workers(2, TALLY, length=4000, epochs=1, mode=mode, seconds=0.03, stop_at="enough")
     cluster.wait_until(lambda: all(len(w.events("step")) >= 5 for w in workers), 90, "training")
 
@@ -45,15 +45,16 @@ def test_steps_go_on_without_the_coordinator_and_it_evicts_nobody_when_back(proc
         assert stall < 1.0, f"steps stalled for {stall:.2f} s"
         assert len(worker.events("hello")) == 1, "a worker was restarted"
     assert {c.state for c in status.clients if c.role == "worker"} == {"live"}
-    assert inspection.live_servers(cluster.coordinator_address) == ["server-0", "server-1"]
+    assert inspection.live_servers(cluster.coordinator_address) == ["server-0"]
     assert inspection.ledger_status(cluster.coordinator_address).evictions == 0
     kinds = [e.kind for e in inspection.events(cluster.coordinator_address)]
     assert "coordinator_restarted" in kinds
     assert not [k for k in kinds if "evicted" in k or "dead" in k or "lost" in k], kinds
 
 
-@pytest.mark.parametrize("fault", list(ServerFault), ids=lambda f: f.name.lower())
-@pytest.mark.parametrize("victim", ["ledger", "other"])
+@pytest.mark.parametrize(
+    ("fault", "victim"), [(ServerFault.KILLED, "other"), (ServerFault.STOPPED, "ledger")], ids=["killed", "stopped"]
+)
 def test_a_lost_server_is_named_within_5_seconds(process_cluster, fault, victim):
     """With one replica nothing can go on: every worker says who is lost and what to do, and ends."""
     cluster = process_cluster(servers=2, start_workers=2)

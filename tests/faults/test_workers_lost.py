@@ -78,7 +78,7 @@ def assert_rejoined_at_a_step_boundary(victim, survivors) -> None:
 
 def test_a_zombie_changes_nothing(process_cluster):
     """Stopped in mid-step, evicted, continued: what it had staged counts for nothing; it rejoins as new."""
-    cluster = process_cluster(servers=2, start_workers=2)
+    cluster = process_cluster(servers=1, start_workers=2)
     survivor = cluster.start_worker(TALLY, length=80, epochs=2, seconds=0.02, wait_at=10, waiter=0)
     zombie = cluster.start_worker(TALLY, length=80, epochs=2, seconds=0.02, wait_at=5, waiter=1)
     cluster.wait_until(lambda: zombie.events("waiting"), 60, "the zombie to be in mid-step")

@@ -18,9 +18,9 @@ def test_two_workers_on_two_servers_end_with_equal_bits(cluster_factory):
     assert {w.last("final")["rank"] for w in (first, second)} == {0, 1}
 
 
-def test_the_cluster_says_what_happened(cluster_factory):
+def test_the_cluster_says_what_happened(inprocess_cluster):
     """Status, ledger and audit table after a run: samples, members, placement over both servers."""
-    cluster = cluster_factory(servers=2, start_workers=2)
+    cluster = inprocess_cluster(servers=2, start_workers=2)
     cluster.start_workers(2, "tests.cluster.bodies:tally", length=40, batch=4, epochs=1)
     cluster.wait_for_workers(90)
     ledger = inspection.ledger_status(cluster.coordinator_address)
