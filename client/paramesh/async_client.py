@@ -37,7 +37,10 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 PUSH_TIMEOUT_S = 60.0
-"""After this the outcome of a push is unknown; JobConfig.push_timeout_ms overrides it."""
+"""After this the outcome of a push is unknown, if the job's configuration does not say."""
+
+READ_TIMEOUT_S = 60.0
+"""Seconds in which values must come; nothing hangs on it, a read is repeated at will."""
 
 _PASSING = ("UNREACHABLE", "DEADLINE")
 
@@ -64,6 +67,8 @@ class AsyncClient:
         self._lanes: dict[str, GrpcLane] = {}
         self._seq: dict[int, int] = {}
         self._seq_locks: dict[int, asyncio.Lock] = {}
+        self._spoiled = ""
+        """Why no more updates are pushed: what became of one is unknown, so its seq is neither free nor taken."""
         self._assign_ids = 0
         self._closing: asyncio.Future[None] | None = None
         """The last lane being closed; held so that the task is not collected."""
@@ -132,6 +137,16 @@ class AsyncClient:
         """The newest map."""
         assert self.link.routes is not None
         return self.link.routes
+
+    @property
+    def push_timeout(self) -> float:
+        """Seconds after which the outcome of a push is unknown, as the whole job has agreed."""
+        return self.routes.map.config.push_timeout_ms / 1000 or PUSH_TIMEOUT_S
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether an update's outcome stayed unknown: every later one is refused here."""
+        return bool(self._spoiled)
 
     def header(self) -> pb.RequestHeader:
         """This client's request header."""
@@ -326,7 +341,7 @@ class AsyncClient:
         contributions: Mapping[int, Encoded],
         attempts: Mapping[int, int],
         committed: Sequence[pb.StepRecord] = (),
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float | None = None,
     ) -> dict[int, ps.PartitionOutcome]:
         """Stage a contribution; returns when every partition holds it.
 
@@ -336,12 +351,13 @@ class AsyncClient:
             contributions: partition -> its bytes.
             attempts: partition -> attempt, from 1; missing ones are 1.
             committed: decisions that partitions may lack, oldest first.
-            timeout: seconds.
+            timeout: seconds; None: the job's `push_timeout`.
 
         Raises:
             PartitionOffline: a server is lost. Timeout: DEADLINE, the outcome is unknown.
             Fenced: CLIENT_FENCED. RequestRefused: the bytes do not fit the table.
         """
+        seconds = self.push_timeout if timeout is None else timeout
 
         async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
             def messages() -> Iterable[bytes]:
@@ -350,10 +366,10 @@ class AsyncClient:
                     head = self._staged_header(p, group, step, attempts.get(p, 1))
                     yield from contributions[p].messages(head)
 
-            return _outcomes(await lane.push(messages(), timeout))
+            return _outcomes(await lane.push(messages(), seconds))
 
         what = f"step {step} to be staged"
-        return await self._deliver(contributions, send, timeout=timeout, what=what, group=group, committed=committed)
+        return await self._deliver(contributions, send, timeout=seconds, what=what, group=group, committed=committed)
 
     async def push_sequenced(
         self,
@@ -362,7 +378,7 @@ class AsyncClient:
         *,
         skip: bool = False,
         grad_scale: float = 1.0,
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float | None = None,
     ) -> dict[int, ps.PartitionOutcome]:
         """Apply an update exactly once per partition; returns when all have applied it.
 
@@ -371,39 +387,64 @@ class AsyncClient:
             hyper_parameters: those that changed since this client's last update.
             skip: apply nothing (an inf under AMP).
             grad_scale: multiplies the gradient.
-            timeout: seconds; past it the outcome is unknown, and this client must not
-                push again: register anew.
+            timeout: seconds; None: the job's `push_timeout`. When this, a cancellation or an
+                error leaves a partition's outcome unknown, the client is `spoiled`: register anew.
 
         Raises:
-            PartitionOffline, Timeout, Fenced, RequestRefused: as `push_staged`.
+            PartitionOffline, Timeout, RequestRefused: as `push_staged`.
+            Fenced: CLIENT_FENCED, also if this client is spoiled.
         """
-
-        def head(partition: int) -> ps.PushHeader:
-            _, epoch = self.routes.primary(partition)
-            key = ps.SequenceKey(
-                seq=self._seq.get(partition, 0) + 1,
-                hyper_parameters=hyper_parameters,
-                skip=skip,
-                grad_scale=grad_scale,
-            )
-            return ps.PushHeader(partition=partition, epoch=epoch, sequenced=key)
-
-        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
-            def messages() -> Iterable[bytes]:
-                yield self._preamble(())
-                for p in mine:
-                    yield from contributions[p].messages(head(p))
-
-            answers = _outcomes(await lane.push(messages(), timeout))
-            for p, answer in answers.items():
-                if not isinstance(answer, ParameshError) or answer.reason in CONSUMED:
-                    self._seq[p] = self._seq.get(p, 0) + 1
-            return answers
-
+        seconds = self.push_timeout if timeout is None else timeout
+        key = ps.SequenceKey(hyper_parameters=hyper_parameters, skip=skip, grad_scale=grad_scale)
+        in_doubt: set[int] = set()
         async with contextlib.AsyncExitStack() as stack:
             for p in sorted(contributions):  # one ordered sender per (client, partition)
                 await stack.enter_async_context(self._seq_locks.setdefault(p, asyncio.Lock()))
-            return await self._deliver(contributions, send, timeout=timeout, what="an update to be applied")
+            self._refuse_if_spoiled(contributions)
+            send = self._sequenced_sender(contributions, key, seconds, in_doubt)
+            try:
+                return await self._deliver(contributions, send, timeout=seconds, what="an update to be applied")
+            except BaseException as error:
+                if in_doubt:
+                    self._spoiled = f"of partitions {sorted(in_doubt)}: {error!r:.200}"
+                raise
+
+    def _refuse_if_spoiled(self, partitions: Iterable[int]) -> None:
+        if self._spoiled:
+            for partition in partitions:
+                self.routes.primary(partition)  # a lost server is the better story, and no rejoining helps
+            raise refuse(
+                "CLIENT_FENCED",
+                f"client {self.client_id} does not know what became of its last update ({self._spoiled}) and "
+                "pushes no other: connect as a new one",
+                client=self.client_id,
+            )
+
+    def _sequenced_sender(
+        self, contributions: Mapping[int, Encoded], key: ps.SequenceKey, timeout: float, in_doubt: set[int]
+    ) -> Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[ps.PartitionOutcome]]]:
+        """What sends updates and counts their numbers; `in_doubt`: sent, and not known to be applied or not."""
+
+        def messages(mine: list[int]) -> Iterable[bytes]:
+            yield self._preamble(())
+            for p in mine:
+                _, epoch = self.routes.primary(p)
+                key.seq = self._seq.get(p, 0) + 1
+                yield from contributions[p].messages(ps.PushHeader(partition=p, epoch=epoch, sequenced=key))
+
+        async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
+            before = set(in_doubt)
+            in_doubt.update(mine)
+            answers = _outcomes(await lane.push(messages(mine), timeout))
+            for p, answer in answers.items():
+                settled = not isinstance(answer, ParameshError) or answer.reason in CONSUMED
+                self._seq[p] = self._seq.get(p, 0) + settled
+                # A refusal says nothing of an earlier try that broke: that may still arrive.
+                if settled or p not in before:
+                    in_doubt.discard(p)
+            return answers
+
+        return send
 
     async def pull(
         self,
@@ -414,7 +455,7 @@ class AsyncClient:
         step: int | None = None,
         committed: Sequence[pb.StepRecord] = (),
         floors: Mapping[int, tuple[int, int]] | None = None,
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float = READ_TIMEOUT_S,
     ) -> dict[int, ps.PullHeader]:
         """Stream values into `sink`; the last header of each partition.
 
@@ -456,18 +497,19 @@ class AsyncClient:
         self,
         writes: Mapping[int, Sequence[SlotWrite]],
         init_attempt: int = 0,
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float | None = None,
     ) -> dict[int, ps.PartitionOutcome]:
         """Write values or optimizer state.
 
         Args:
             writes: partition -> what to write there.
             init_attempt: INIT's attempt when these are first values.
-            timeout: seconds.
+            timeout: seconds; None: the job's `push_timeout`.
 
         Raises:
             PartitionOffline, Timeout, RequestRefused: as `push_staged`.
         """
+        seconds = self.push_timeout if timeout is None else timeout
         self._assign_ids += 1
         assign_id = self._assign_ids
 
@@ -487,9 +529,9 @@ class AsyncClient:
                         head.frame.last = i == len(frames) - 1
                         yield encode(head, parts)
 
-            return _outcomes(await lane.assign(messages(), timeout))
+            return _outcomes(await lane.assign(messages(), seconds))
 
-        return await self._deliver(writes, send, timeout=timeout, what="values to be assigned")
+        return await self._deliver(writes, send, timeout=seconds, what="values to be assigned")
 
     async def snapshot(
         self,
@@ -498,7 +540,7 @@ class AsyncClient:
         group: int = 0,
         step: int | None = None,
         committed: Sequence[pb.StepRecord] = (),
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float = READ_TIMEOUT_S,
     ) -> dict[int, Snapshot]:
         """Cuts of values and optimizer state; arguments and errors as `pull`."""
 
@@ -524,7 +566,7 @@ class AsyncClient:
         partitions: Sequence[int],
         group: int,
         committed: Sequence[pb.StepRecord],
-        timeout: float = PUSH_TIMEOUT_S,
+        timeout: float = READ_TIMEOUT_S,
     ) -> dict[int, float]:
         """Squared norms of the averaged gradient of the step that `committed` ends with."""
 

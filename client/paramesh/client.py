@@ -14,7 +14,7 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from paramesh.async_client import AsyncClient
+from paramesh.async_client import READ_TIMEOUT_S, AsyncClient
 from paramesh.config import ClientConfig
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
 from paramesh.errors import refuse
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "Encoded", "SlotWrite", "Snapshot", "connect"]
 
-_CALL_S = 90.0
-"""Seconds. Above the client's own deadlines (60 s), so that theirs, which say more, win."""
+_GRACE_S = 30.0
+"""Seconds. How far above the client's own deadlines ours are: theirs, which say more, are to win."""
 
 
 def _dtype(tensor: torch.Tensor) -> pb.DType.ValueType:
@@ -66,7 +66,7 @@ class Client:
         return self._client.client_id
 
     def _run(self, coro: Any, what: str) -> Any:
-        return IoThread.get().run(coro, _CALL_S, what)
+        return IoThread.get().run(coro, max(READ_TIMEOUT_S, self._client.push_timeout) + _GRACE_S, what)
 
     def tables(self) -> list[str]:
         """Names of the tables in the newest map."""
