@@ -173,9 +173,11 @@ class Attachment:
                 exchange.catch_up(None)
 
     def _finish(self) -> None:
-        """Values that are still arriving arrive; a worker that was evicted meanwhile rejoins."""
+        """Steps that were cut off end, values that are still arriving arrive; the evicted rejoins."""
         try:
             for exchange in self.exchanges:
+                if exchange.resume():
+                    self._local_steps = 0  # exchanged by now
                 exchange.finish()
         except Fenced:
             self._rejoin()
@@ -203,10 +205,10 @@ class Attachment:
         Returns:
             Whether the step was skipped (an inf on some worker).
         """
+        before = {exchange: exchange.position for exchange in self.main}
         self._finish()
         for exchange in self.main:
             exchange.edits.check()
-        before = {exchange: exchange.position for exchange in self.main}
         rejoined = self._become_active()
         rejoined = self.session.deliveries.lost(self.name) or rejoined
         if self.options.mode == "local" and not rejoined:
@@ -265,7 +267,7 @@ class Attachment:
                 outcome = exchange.step(contribution)
                 skipped = skipped or outcome.skipped
                 if exchange is self.main[0]:
-                    contribution.decided = True  # the ranges count
+                    contribution.told = True  # the ranges count
                     self.session.after_step(exchange.group, outcome.step, outcome.record)
             if self._overlap is not None:
                 self._overlap.stepped()
@@ -275,7 +277,7 @@ class Attachment:
             log.warning("evicted during a step group=%s why=%s", self.name, error)
             self._rejoin()
         except BaseException:
-            if not contributions[0].decided:
+            if not contributions[0].told:
                 self.session.deliveries.restore(ranges, self.name)
             raise
         return skipped

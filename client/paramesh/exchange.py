@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 from paramesh.edits import Edits, partition_bytes
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
-from paramesh.errors import ParameshError, refuse
+from paramesh.errors import ParameshError
 from paramesh.hyper import Value, difference, to_protos
+from paramesh.mismatch import first_difference
 from paramesh.options import check_settings
 from paramesh.routing import schema_digest
 from paramesh.tensors import HostCopies, Scatter, TablePlan
@@ -97,8 +98,8 @@ class Contribution:
     """Ranges that the step consumes."""
     skip: bool = False
     """An inf was found under AMP: nothing is applied anywhere."""
-    decided: bool = False
-    """Set once the ledger has decided the step: what became of `samples` is settled."""
+    told: bool = False
+    """Set once the ledger was told: what becomes of `samples` is its decision, whatever happens here."""
 
 
 @dataclass
@@ -191,6 +192,10 @@ class Exchange(ABC):
 
     def opened(self) -> None:  # noqa: B027 - a hook that most modes have no use for
         """Called when the group is open and its tables are placed."""
+
+    def resume(self) -> bool:
+        """Ends a step that an error cut off after the ledger was told; returns whether there was one."""
+        return False
 
     def finish(self) -> None:  # noqa: B027 - only an overlapped pull outlives its step
         """Returns when all values are in place."""
@@ -364,40 +369,3 @@ def structure_digest(plans: Sequence[TablePlan]) -> bytes:
     for plan in plans:
         digest.update(schema_digest(plan.spec))
     return digest.digest()
-
-
-def first_difference(mine: types_pb2.TableSpec, theirs: types_pb2.TableSpec) -> ParameshError | None:
-    """Returns the error that names the first difference of two schemas; None if they agree."""
-    if mine.optimizer.class_name != theirs.optimizer.class_name:
-        return refuse(
-            "TENSOR_MISMATCH",
-            f"table {mine.name!r} is trained with {theirs.optimizer.class_name} by the others, "
-            f"with {mine.optimizer.class_name} here",
-            table=mine.name,
-        )
-    for ours, other in zip(mine.tensors, theirs.tensors, strict=False):
-        if ours != other:
-            return refuse(
-                "TENSOR_MISMATCH",
-                f"this worker's model differs from the others': {_described(ours)} here, {_described(other)} there",
-                table=mine.name,
-                tensor=ours.name,
-                expected=_described(other),
-            )
-    if len(mine.tensors) != len(theirs.tensors):
-        longer = max(mine.tensors, theirs.tensors, key=len)
-        extra = longer[min(len(mine.tensors), len(theirs.tensors))]
-        where = "here" if longer is mine.tensors else "there"
-        return refuse(
-            "TENSOR_MISMATCH",
-            f"table {mine.name!r} has {len(mine.tensors)} tensors here, {len(theirs.tensors)} with the others; "
-            f"the first extra one is {_described(extra)}, {where}",
-            table=mine.name,
-            tensor=extra.name,
-        )
-    return None
-
-
-def _described(tensor: types_pb2.TensorSpec) -> str:
-    dtype = types_pb2.DType.Name(tensor.dtype).removeprefix("DTYPE_").lower()
-    return f"{tensor.name} {list(tensor.shape)} {dtype}"

@@ -65,6 +65,14 @@ class LocalExchange(SyncExchange):
             for starts, table in zip(self.start, self.tables, strict=True)
         ]
 
+    def resume(self) -> bool:
+        """Ends an exchange that was cut off: what is pulled has this worker's local steps in it."""
+        self._giving = True
+        try:
+            return super().resume()
+        finally:
+            self._giving = False
+
     def step(self, contribution: Contribution) -> Outcome:
         """Exchanges deltas; the contribution's gradients were used up by local steps."""
         contribution.gradients = self.deltas()

@@ -13,13 +13,15 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paramesh.encoded import Encoded, Snapshot
-from paramesh.errors import Fenced, ParameshError, refuse
+from paramesh.errors import Fenced, ParameshError, RequestRefused, StateRefused, refuse
 from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, gathered
+from paramesh.hyper import Value
 from paramesh.profiling import phase
-from paramesh.speculation import Speculation
+from paramesh.speculation import Speculation, Staged
 from paramesh.v1 import ledger_pb2, types_pb2
 
 if TYPE_CHECKING:
@@ -29,6 +31,23 @@ if TYPE_CHECKING:
     from paramesh.v1.parameter_server_pb2 import PullHeader
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Asked:
+    """A Ready that the ledger may have taken note of."""
+
+    request: ledger_pb2.ReadyRequest
+    changes: Sequence[tuple[Table, dict[str, Value], dict[str, Value]]]
+    """The settings it carries; see `Exchange.changed_settings`."""
+    known: bool = False
+    """Whether its answer has come."""
+
+    def answered(self) -> None:
+        """Its step is decided: the ledger has its settings, whether it counts or was too late."""
+        self.known = True
+        for table, current, _ in self.changes:
+            table.sent = current
 
 
 class SyncExchange(Exchange):
@@ -52,11 +71,16 @@ class SyncExchange(Exchange):
         """id of parameter -> partitions that hold a part of it."""
         self._overtaken = False
         """Whether steps of others went on before this worker had the values of the one just decided."""
-        self._tried = (-1, 0)
-        """The step last tried, and how often: a second try must outrank what the first staged."""
+        self._asked: Asked | None = None
+        """The Ready of a step that is not over here: an error may have cut it off at any point after."""
+        self._incomplete = False
+        """Whether values of `position` did not all arrive."""
+        self._attempts: tuple[int | None, dict[int, int]] = (None, {})
+        """A step, and the highest attempt used for it in each partition: other bytes need a higher one."""
 
     def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
         """Pulls exactly the group's next step; again if others moved on meanwhile."""
+        self._settle(position.next_step)
         self.finish()
         for _ in range(PULL_TRIES):
             self.before_pull()
@@ -72,7 +96,7 @@ class SyncExchange(Exchange):
                 continue
             self.after_pull()
             self.position = position.next_step
-            self._tried = (-1, 0)
+            self._incomplete = False
             if self.speculation is not None:
                 self.speculation.discard()
             return
@@ -116,44 +140,80 @@ class SyncExchange(Exchange):
         self.before_pull()
         try:
             response = self.session.call(
-                self._step_on_loop(request, encoded, attempts, early, contribution), f"step {step}"
+                self._step_on_loop(Asked(request, changes), encoded, attempts, early, contribution), f"step {step}"
             )
         finally:
             if self.speculation is not None:
                 self.speculation.next_step()
-        for table, current, _ in changes:
-            table.sent = current
-        self._receive(step + 1)
+        self._end_step(response)
         return Outcome(step, skipped=response.record.skip, record=response.record)
+
+    def _end_step(self, response: ledger_pb2.ReadyResponse) -> None:
+        assert self._asked is not None
+        self._asked.answered()
+        self._receive(response.record.step + 1)
+        self._asked = None
+
+    def resume(self) -> bool:
+        """Ends a step whose Ready was sent and that an error then cut off; returns whether there was one.
+
+        What counts in it is what was staged for it: the same Ready is repeated, and its values are pulled.
+        """
+        if self._incomplete:
+            self.pull_now(self.reopen())
+        if self._asked is None:
+            return False
+        request = self._asked.request
+        self.before_pull()
+        self._end_step(self.session.call(self._resume_on_loop(request), f"step {request.step}"))
+        if self.speculation is not None:
+            self.speculation.discard()  # what a backward since has pushed was for the step that ended now
+        return True
+
+    def _settle(self, next_step: int) -> None:
+        """A step that was cut off is decided by now: the ledger takes back its samples if it came too late."""
+        if self._asked is None or next_step <= self._asked.request.step:
+            return
+        if not self._asked.known:
+            self.session.call(self._ready_on_loop(self._asked.request), f"step {self._asked.request.step}")
+            self._asked.answered()
+        self._asked = None
+
+    def forget_membership(self) -> None:
+        """The membership ended, and with it what was staged and asked."""
+        super().forget_membership()
+        self._asked, self._incomplete, self._attempts = None, False, (None, {})
 
     def _encode(
         self, contribution: Contribution
     ) -> tuple[dict[int, Encoded], dict[int, int], dict[int, concurrent.futures.Future[object]]]:
         """Returns what is to be pushed, the attempt that counts per partition, and pushes under way already."""
-        tried, tries = self._tried
-        self._tried = (self.position or 0, tries + 1 if tried == self.position else 1)
         encoded: dict[int, Encoded] = {}
         attempts: dict[int, int] = {}
         early: dict[int, concurrent.futures.Future[object]] = {}
         for partition, presence, parts in gathered(self.tables, contribution, self.host):
-            staged, attempt = None, 1
-            if self.speculation is not None:
-                staged, attempt = self.speculation.settle(partition, presence, parts)
-            if staged is not None and self._tried[1] == 1:
-                attempts[partition], early[partition] = attempt, staged.future
+            staged = None if self.speculation is None else self.speculation.settle(partition, presence, parts)
+            if staged is not None:
+                attempts[partition], early[partition] = staged.attempt, staged.future
                 continue
-            # Twice the tries: a second try outranks the first and whatever that had outranked.
-            attempts[partition] = attempt + 2 * (self._tried[1] - 1)
+            attempts[partition] = self._next_attempt(partition)
             encoded[partition] = Encoded.from_parts(partition, presence, parts)
         return encoded, attempts, early
 
-    def push_early(self, partition: int, encoded: Encoded, attempt: int) -> concurrent.futures.Future[object]:
+    def _next_attempt(self, partition: int) -> int:
+        """Returns an attempt above all that this step was tried with in a partition, during backward or in `step`."""
+        if self._attempts[0] != self.position:
+            self._attempts = (self.position, {})
+        used = self._attempts[1]
+        used[partition] = used.get(partition, 0) + 1
+        return used[partition]
+
+    def push_early(self, partition: int, encoded: Encoded) -> Staged:
         """Pushes one partition during backward; its bytes are copied before this returns."""
-        step = self.position or 0
+        step, attempt = self.position or 0, self._next_attempt(partition)
         self.client.freeze_staged(encoded, self.group, step, attempt)
-        return self.session.submit(
-            self.client.push_staged(self.group, step, {partition: encoded}, {partition: attempt}, self.committed)
-        )
+        push = self.client.push_staged(self.group, step, {partition: encoded}, {partition: attempt}, self.committed)
+        return Staged(encoded, attempt, self.session.submit(push))
 
     # ------------------------------------------------------------------ arrival of values
 
@@ -217,7 +277,8 @@ class SyncExchange(Exchange):
         arriving, self._arriving = self._arriving, None
         try:
             self.session.wait(arriving, f"parameters of step {self.position}")
-        except ParameshError:
+        except BaseException:
+            self._incomplete = True
             if not _was_overtaken(arriving):
                 raise
             self.pull_now(self.reopen())
@@ -242,7 +303,7 @@ class SyncExchange(Exchange):
 
     async def _step_on_loop(
         self,
-        request: ledger_pb2.ReadyRequest,
+        asked: Asked,
         encoded: Mapping[int, Encoded],
         attempts: Mapping[int, int],
         early: Mapping[int, concurrent.futures.Future[object]],
@@ -250,12 +311,21 @@ class SyncExchange(Exchange):
     ) -> ledger_pb2.ReadyResponse:
         with phase("push"):
             if encoded:
-                await self.client.push_staged(self.group, request.step, encoded, attempts, self.committed)
+                await self.client.push_staged(self.group, asked.request.step, encoded, attempts, self.committed)
             for future in early.values():
                 await asyncio.wrap_future(future)
-        with phase("ready"):
-            response = await self._ready_on_loop(request)
-        contribution.decided = True
+        self._asked, contribution.told = asked, True
+        try:
+            with phase("ready"):
+                response = await self._ready_on_loop(asked.request)
+        except (RequestRefused, StateRefused):
+            contribution.told = False
+            raise
+        await self._conclude_on_loop(response)
+        return response
+
+    async def _resume_on_loop(self, request: ledger_pb2.ReadyRequest) -> ledger_pb2.ReadyResponse:
+        response = await self._ready_on_loop(request)
         await self._conclude_on_loop(response)
         return response
 
@@ -278,7 +348,8 @@ class SyncExchange(Exchange):
         """Ready until decided; an evicted worker is told the decision of a step it was named in."""
         try:
             response = await self.client.ledger.ready(request)
-        except ParameshError as error:
+        except (RequestRefused, StateRefused) as error:
+            self._asked = None  # the ledger took no note of it: nothing to resume
             if error.reason != "STEP_OUT_OF_RANGE":
                 raise
             raise Fenced(f"the decision of step {request.step} is forgotten: {error}", reason="EVICTED") from error

@@ -53,8 +53,8 @@ class Staged:
     """Done when the servers hold it."""
 
 
-Push = Callable[[int, Encoded, int], "concurrent.futures.Future[object]"]
-"""Freezes and pushes (partition, bytes, attempt) for the step at hand."""
+Push = Callable[[int, Encoded], Staged]
+"""Freezes and pushes (partition, bytes) for the step at hand, under an attempt of its choice."""
 
 
 class Speculation:
@@ -139,16 +139,14 @@ class Speculation:
         presence, parts = plan.gather(partition, flats)
         encoded = Encoded.from_parts(partition, presence, parts)
         try:
-            self._staged[partition] = Staged(encoded, 1, self._push(partition, encoded, 1))
+            self._staged[partition] = self._push(partition, encoded)
         except ParameshError as error:  # `step` meets it too, and may raise it: backward must not
             log.debug("not pushed early partition=%d why=%s", partition, error)
 
     # ------------------------------------------------------------------ at step()
 
-    def settle(
-        self, partition: int, presence: bytes, parts: Sequence[tuple[int, memoryview]]
-    ) -> tuple[Staged | None, int]:
-        """Returns what was pushed of a partition if it is what the gradient is now, and the next attempt.
+    def settle(self, partition: int, presence: bytes, parts: Sequence[tuple[int, memoryview]]) -> Staged | None:
+        """Returns what was pushed of a partition if it is what the gradient is now.
 
         Args:
             partition: Its id.
@@ -157,11 +155,11 @@ class Speculation:
         """
         staged = self._staged.get(partition)
         if staged is None:
-            return None, 1
+            return None
         if staged.encoded.presence == presence and same_bytes(staged.encoded, parts):
-            return staged, staged.attempt
+            return staged
         self._mistaken = True
-        return None, staged.attempt + 1
+        return None
 
     def next_step(self) -> None:
         """The step is over: learn from it, and wait for the next backward."""

@@ -23,7 +23,7 @@ from paramesh.v1.types_pb2 import Contributor, StepRecord
 from paramesh_server import ledger_hyper
 from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Groups, GroupState
-from paramesh_server.ledger_log import ActivitySet, Desk, HyperNoted, Key, Left, StepDecided, Wait
+from paramesh_server.ledger_log import ActivitySet, Desk, HyperNoted, Left, StepDecided, Wait
 from paramesh_server.ledger_members import Members, MemberState
 
 KEEP_STEPS = 64
@@ -126,7 +126,8 @@ class Steps:
     def _decided(self, group: GroupState, request: pb.ReadyRequest) -> pb.ReadyResponse:
         record = self.record(group, request.step)
         client_id = request.request.client_id
-        included = any(c.client_id == client_id for c in record.contributors)
+        mine = [(c.attempt, list(c.overrides)) for c in record.contributors if c.client_id == client_id]
+        included = mine == [(request.attempt, list(request.overrides))]  # another try's bytes are not these
         if not included and self._members.get(client_id) is not None:
             # TOO_LATE: the samples go to somebody's later step, the settings still hold.
             self._epochs.give_back(client_id, request.samples)
@@ -392,8 +393,7 @@ class Steps:
             group = self._groups.state[number]
             round_.applied.pop(body.client_id, None)
             if round_.pending.pop(body.client_id, None) is not None:
-                key: Key = ("step", number, group.next_step)
-                self._desk.wake(key)
+                self._desk.wake(("step", number, group.next_step))
 
 
 def _attempt(request: pb.ReadyRequest) -> int:

@@ -165,16 +165,17 @@ class Staging:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._held: dict[tuple[int, int, int], tuple[int, Contribution]] = {}
-        """(group, step, client) -> its highest attempt."""
+        self._held: dict[tuple[int, int, int, int], Contribution] = {}
+        """(group, step, client, attempt) -> what came. All attempts stay until the step is applied: only
+        the decision says which counts, and it may name one that the worker has tried to replace."""
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(contribution.nbytes for _, contribution in self._held.values())
+        return sum(contribution.nbytes for contribution in self._held.values())
 
     def put(self, group: int, step: int, client: int, attempt: int, contribution: Contribution) -> bool:
-        """Hold a contribution; false if it, or a higher attempt, was held before.
+        """Hold a contribution; false if this attempt was held before.
 
         Raises:
             ParameshError: SEQ_REUSED, if the same attempt came with other bytes; QUOTA;
@@ -182,34 +183,32 @@ class Staging:
         """
         if attempt < 1:
             raise refuse("MISSING_FIELD", "attempt counts from 1", field="attempt")
-        key = (group, step, client)
+        key = (group, step, client, attempt)
         before = self._held.get(key)
-        if before is not None and attempt <= before[0]:
-            if attempt == before[0] and before[1].digest != contribution.digest:
+        if before is not None:
+            if before.digest != contribution.digest:
                 raise refuse(
                     "SEQ_REUSED", f"attempt {attempt} of client {client} for step {step} came with other bytes"
                 )
             return False
-        freed = before[1].nbytes if before else 0
-        self._budget.take(contribution.nbytes - freed)
-        self._held[key] = (attempt, contribution)
+        self._budget.take(contribution.nbytes)
+        self._held[key] = contribution
         return True
 
     def get(self, group: int, step: int, client: int, attempt: int) -> Contribution | None:
         """The contribution of exactly this attempt, if held."""
-        held = self._held.get((group, step, client))
-        return held[1] if held and held[0] == attempt else None
+        return self._held.get((group, step, client, attempt))
 
     def drop_through(self, group: int, step: int) -> None:
         """Let go of everything up to and including a step: it is applied."""
         for key in [k for k in self._held if k[0] == group and k[1] <= step]:
-            self._budget.give(self._held.pop(key)[1].nbytes)
+            self._budget.give(self._held.pop(key).nbytes)
 
     def clear(self) -> None:
         """Let go of everything: the partition goes away, or the generation rose."""
-        for _, contribution in self._held.values():
+        for contribution in self._held.values():
             self._budget.give(contribution.nbytes)
         self._held.clear()
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         return iter(self._held)

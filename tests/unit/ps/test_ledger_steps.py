@@ -256,3 +256,13 @@ def test_settings_of_a_late_contribution_still_hold() -> None:
     world.waits(1, 2)
     record = world.decided(2, 2).record
     assert record.hyper_parameters == [setting("lr", 0.2)], "client 1 will not send it again"
+
+
+def test_another_try_of_a_decided_step_is_not_in_it() -> None:
+    world = World()
+    world.workers(1)
+    assert world.decided(1, 0, attempt=1).included
+    assert world.decided(1, 0, attempt=1).included
+    assert not world.decided(1, 0, attempt=2).included
+    other = [t.Attempt(partition=1, attempt=2)]
+    assert not world.decided(1, 0, attempt=1, overrides=other).included

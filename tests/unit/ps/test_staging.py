@@ -88,26 +88,25 @@ def made(seed: int) -> Contribution:
 
 
 class StagingMachine(RuleBasedStateMachine):
-    """Invariant 26 for staging: the account equals what is held; the highest attempt wins."""
+    """Invariant 26 for staging: the account equals what is held; every attempt stays."""
 
     def __init__(self) -> None:
         super().__init__()
         self.budget = Budget(1 << 30)
         self.staging = Staging(self.budget)
-        self.model: dict[tuple[int, int], tuple[int, int]] = {}
+        self.model: dict[tuple[int, int, int], int] = {}
 
     @rule(step=st.integers(0, 3), client=st.integers(1, 3), attempt=st.integers(1, 3), seed=st.integers(0, 1))
     def put(self, step: int, client: int, attempt: int, seed: int) -> None:
-        held = self.model.get((step, client))
-        if held and held[0] == attempt and held[1] != seed:
+        held = self.model.get((step, client, attempt))
+        if held is not None and held != seed:
             with pytest.raises(ParameshError, match="other bytes") as caught:
                 self.staging.put(1, step, client, attempt, made(seed))
             assert caught.value.reason == "SEQ_REUSED"
             return
         fresh = self.staging.put(1, step, client, attempt, made(seed))
-        assert fresh == (held is None or attempt > held[0])
-        if fresh:
-            self.model[step, client] = (attempt, seed)
+        assert fresh == (held is None)
+        self.model[step, client, attempt] = seed
 
     @rule(step=st.integers(0, 3))
     def applied(self, step: int) -> None:
@@ -117,12 +116,12 @@ class StagingMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         held = self.model.items()
-        assert self.budget.used == self.staging.nbytes == sum(made(seed).nbytes for _, (_, seed) in held)
-        for (step, client), (attempt, seed) in held:
+        assert self.budget.used == self.staging.nbytes == sum(made(seed).nbytes for _, seed in held)
+        for (step, client, attempt), seed in held:
             found = self.staging.get(1, step, client, attempt)
             assert found is not None
             assert found.digest == made(seed).digest
-            assert self.staging.get(1, step, client, attempt + 1) is None
+            assert self.staging.get(1, step, client, 4) is None
 
 
 StagingMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
@@ -139,7 +138,8 @@ def test_the_budget_is_one_for_all_partitions_and_refuses_with_figures() -> None
     assert caught.value.reason == "QUOTA"
     assert caught.value.metadata["used"] == str(budget.limit)
     assert second.get(1, 0, 2, 1) is None
-    second.put(1, 0, 1, 2, made(2))  # replacing takes no more room
+    with pytest.raises(ParameshError):
+        second.put(1, 0, 1, 2, made(2))  # another attempt takes room of its own
     first.clear()
     assert budget.used == second.nbytes
     second.put(1, 0, 2, 1, made(1))
