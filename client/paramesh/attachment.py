@@ -63,6 +63,8 @@ class Attachment:
         self._run_inner = run_inner
         self._local_steps = 0
         """Local mode: steps since the last exchange."""
+        self._left: list[tuple[Exchange, Contribution]] = []
+        """Groups that a step did not come to, as an error cut it off before: the others have stepped them."""
         self.inner = inner
         self.model = model
         self.options = options
@@ -148,7 +150,7 @@ class Attachment:
 
     def on_rejoined(self) -> None:
         """The membership is a new one."""
-        self._local_steps = 0  # they are dropped, as their samples go back
+        self._local_steps, self._left = 0, []  # they are dropped, as their samples go back
         for exchange in self.exchanges:
             exchange.forget_membership()
 
@@ -179,6 +181,12 @@ class Attachment:
                 if exchange.resume():
                     self._local_steps = 0  # exchanged by now
                 exchange.finish()
+            while self._left:
+                exchange, contribution = self._left[0]
+                if not contribution.told:
+                    exchange.step(contribution)
+                    exchange.finish()
+                self._left.pop(0)
         except Fenced:
             self._rejoin()
 
@@ -258,10 +266,12 @@ class Attachment:
     ) -> bool:
         """Steps every group with its contribution; an evicted worker's counts nowhere, and it rejoins."""
         contributions[0].samples = ranges
+        buffers = Contribution([])
+        for contribution in [*contributions, buffers]:
+            contribution.weight = weight
         skipped = False
         try:
             for exchange, contribution in zip(self.main, contributions, strict=True):
-                contribution.weight = weight
                 if self._overlap is not None and isinstance(exchange, SyncExchange):
                     exchange.overlap = self._overlap.active
                 outcome = exchange.step(contribution)
@@ -272,13 +282,16 @@ class Attachment:
             if self._overlap is not None:
                 self._overlap.stepped()
             if self.buffers is not None:
-                self.buffers.step(Contribution([], weight=weight))
+                self.buffers.step(buffers)
         except Fenced as error:
             log.warning("evicted during a step group=%s why=%s", self.name, error)
             self._rejoin()
         except BaseException:
             if not contributions[0].told:
                 self.session.deliveries.restore(ranges, self.name)
+            elif self.options.mode in ("sync", "local"):
+                given = zip(self.exchanges, [*contributions, buffers], strict=False)
+                self._left = [(e, c) for e, c in given if not c.told]
             raise
         return skipped
 

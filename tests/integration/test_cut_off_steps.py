@@ -11,6 +11,7 @@ import torch
 from paramesh.client import AsyncClient
 from paramesh.errors import ParameshError, ParametersChanged, refuse
 from paramesh.ledger_client import LedgerClient
+from paramesh.session import current
 from paramesh.testing import Cluster
 
 from tests.integration.test_equivalence_features import backward, distributed, net, same_bits, steps, values
@@ -125,4 +126,45 @@ def test_assign_after_parameters_changed_goes_on_with_the_same_step() -> None:
     with Cluster(servers=2, workers=2, deadline=30.0) as cluster:
         one, other = cluster.run(work)
     assert pushed.is_set(), "the test shows nothing without an early push"
+    assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", ["pull", "push_staged"])
+def test_groups_after_the_one_that_was_cut_off_do_not_fall_behind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Buffers and added param groups are groups of their own: all workers step them in the same order."""
+    at: list[int] = []
+    slow: list[int] = []
+    whole = getattr(AsyncClient, name)
+
+    async def cut(self: AsyncClient, *arguments: Any, **options: Any) -> Any:
+        if self.client_id in slow:
+            at.append(0)
+            if len(at) == (1 if name == "pull" else 2):  # the first group's pull, or the second one's push
+                raise refuse("DEADLINE", "cut off")
+        return await whole(self, *arguments, **options)
+
+    monkeypatch.setattr(AsyncClient, name, cut)
+
+    def work(rank: int) -> torch.Tensor:
+        model = net()
+        inner = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        optimizer = paramesh.DistributedOptimizer(inner, model, speculate=False)
+        steps(model, optimizer, [0])
+        optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.1})
+        steps(model, optimizer, [1])
+        paramesh.barrier("both")
+        if rank == 1:
+            slow.append(current().client.client_id)
+            with pytest.raises(ParameshError, match="cut off"):
+                steps(model, optimizer, [2])
+            optimizer.step()
+            slow.clear()
+        else:
+            steps(model, optimizer, [2])
+        steps(model, optimizer, range(3, 6))
+        assert [e.position for e in optimizer.attachment.main] == [6, 5]
+        return values(model)
+
+    with Cluster(workers=2, deadline=30.0) as cluster:
+        one, other = cluster.run(work)
     assert same_bits(one, other)
