@@ -16,23 +16,23 @@ import contextlib
 import os
 import secrets
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from paramesh.channel import header as make_header
 from paramesh.coordinator_link import CoordinatorLink
+from paramesh.delivery import Answers, Delivery
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
-from paramesh.errors import Action, ParameshError, refuse
+from paramesh.errors import ParameshError, refuse
 from paramesh.framing import DEFAULT_CHECKSUM, encode
 from paramesh.lanes.grpc_lane import GrpcLane, Sink
 from paramesh.ledger_client import LedgerClient
 from paramesh.memory import keep_big_buffers
-from paramesh.retry import CONSUMED, Backoff
+from paramesh.retry import CONSUMED
 from paramesh.routing import Routes
 from paramesh.status import from_detail
 from paramesh.v1 import coordinator_pb2 as co
-from paramesh.v1 import coordinator_pb2_grpc, ledger_pb2
+from paramesh.v1 import coordinator_pb2_grpc
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
@@ -42,13 +42,8 @@ PUSH_TIMEOUT_S = 60.0
 READ_TIMEOUT_S = 60.0
 """Seconds in which values must come; nothing hangs on it, a read is repeated at will."""
 
-_PASSING = ("UNREACHABLE", "DEADLINE")
 
-R = TypeVar("R")
-Answers = Mapping[int, R | ParameshError]
-
-
-class AsyncClient:
+class AsyncClient(Delivery):
     """A registered client of one job. Make it with `connect`.
 
     Attributes:
@@ -58,21 +53,17 @@ class AsyncClient:
     """
 
     def __init__(self, link: CoordinatorLink, registration: co.RegisterClientResponse):
-        self.link = link
+        super().__init__(link)
         self.job = link.job
         self.client_id = registration.client_id
         self.generation = registration.generation
         self.heartbeat_interval = registration.heartbeat_interval_ms / 1000
         self.ledger = LedgerClient(self)
-        self._lanes: dict[str, GrpcLane] = {}
         self._seq: dict[int, int] = {}
         self._seq_locks: dict[int, asyncio.Lock] = {}
         self._spoiled = ""
         """Why no more updates are pushed: what became of one is unknown, so its seq is neither free nor taken."""
         self._assign_ids = 0
-        self._closing: asyncio.Future[None] | None = None
-        """The last lane being closed; held so that the task is not collected."""
-        link.listeners.append(self._on_map)
         link.set_map(Routes(registration.map))
         link.start_watch()
 
@@ -133,12 +124,6 @@ class AsyncClient:
     # -- where things are ---------------------------------------------------------
 
     @property
-    def routes(self) -> Routes:
-        """The newest map."""
-        assert self.link.routes is not None
-        return self.link.routes
-
-    @property
     def push_timeout(self) -> float:
         """Seconds after which the outcome of a push is unknown, as the whole job has agreed."""
         return self.routes.map.config.push_timeout_ms / 1000 or PUSH_TIMEOUT_S
@@ -151,138 +136,6 @@ class AsyncClient:
     def header(self) -> pb.RequestHeader:
         """This client's request header."""
         return make_header(self.job, self.generation, self.client_id)
-
-    def lane(self, address: str) -> GrpcLane:
-        """The lane to a server, made on first use."""
-        if address not in self._lanes:
-            self._lanes[address] = GrpcLane(address)
-        return self._lanes[address]
-
-    async def primary(self, partition: int, deadline: float) -> tuple[pb.Node, int]:
-        """The node and epoch of a partition, waiting for a map that has it.
-
-        Args:
-            partition: its id.
-            deadline: on `time.monotonic`.
-
-        Raises:
-            PartitionOffline: its server is lost.
-            Timeout: DEADLINE, if no map names it in time.
-        """
-        while partition not in self.routes:
-            left = deadline - time.monotonic()
-            if left <= 0 or not await self.link.wait_for_map(self.routes.version, left):
-                what = "the ledger" if partition == 0 else f"partition {partition}"
-                raise refuse(
-                    "DEADLINE",
-                    f"no server holds {what} yet: are enough ps-server processes running?",
-                    what=what,
-                )
-        return self.routes.primary(partition)
-
-    def _on_map(self, routes: Routes) -> None:
-        alive = {n.address for n in routes.map.nodes if n.state in (pb.NODE_STATE_LIVE, pb.NODE_STATE_DRAINING)}
-        for node in routes.map.nodes:
-            if node.address not in alive and node.address in self._lanes:
-                lane = self._lanes.pop(node.address)
-                lane.lose(node.reason)
-                self._closing = asyncio.ensure_future(lane.close())
-
-    # -- delivery to many partitions ----------------------------------------------
-
-    async def _deliver(
-        self,
-        partitions: Iterable[int],
-        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
-        *,
-        timeout: float,
-        what: str,
-        group: int = 0,
-        committed: Sequence[pb.StepRecord] = (),
-    ) -> dict[int, R]:
-        """Send to the primaries of `partitions` until each has answered well.
-
-        Raises:
-            ParameshError: the first refusal that repeating does not mend.
-            Timeout: DEADLINE, with what was refused last.
-        """
-        deadline = time.monotonic() + timeout
-        pending, results, backoff = list(partitions), dict[int, R](), Backoff()
-        records = list(committed)
-        while True:
-            version = self.routes.version
-            answers = await self._send_all(pending, send, records, deadline)
-            results.update({p: a for p, a in answers.items() if not isinstance(a, ParameshError)})
-            failed = {p: a for p, a in answers.items() if isinstance(a, ParameshError)}
-            if not failed:
-                return results
-            worst = _first_to_raise(failed.values())
-            if worst is not None:
-                raise worst
-            last = next(iter(failed.values()))
-            if time.monotonic() >= deadline:
-                raise refuse("DEADLINE", f"waited {timeout:g} s for {what}: {last}", what=what, last=last.reason)
-            records = await self._mend(failed, group, records, version, backoff)
-            pending = [p for p in pending if p in failed]
-
-    async def _send_all(
-        self,
-        pending: list[int],
-        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
-        records: list[pb.StepRecord],
-        deadline: float,
-    ) -> dict[int, R | ParameshError]:
-        for partition in pending:
-            await self.primary(partition, deadline)
-        groups = self.routes.by_server(pending)
-
-        async def one(address: str, mine: list[int]) -> dict[int, R | ParameshError]:
-            try:
-                got = await send(self.lane(address), mine, records)
-            except ParameshError as error:
-                return dict.fromkeys(mine, error)
-            missing = refuse("UNREACHABLE", f"{address} ended the stream early", peer=address)
-            return {p: got.get(p, missing) for p in mine}
-
-        answers: dict[int, R | ParameshError] = {}
-        for part in await asyncio.gather(*(one(a, mine) for a, mine in groups.items())):
-            answers.update(part)
-        return answers
-
-    async def _mend(
-        self,
-        failed: Mapping[int, ParameshError],
-        group: int,
-        records: list[pb.StepRecord],
-        version: int,
-        backoff: Backoff,
-    ) -> list[pb.StepRecord]:
-        """Do what the refusals ask for before the next try; the records to send then."""
-        reasons = {error.reason for error in failed.values()}
-        if "NEED_STEPS" in reasons:
-            behind = min(int(e.metadata.get("applied_step", "0")) for e in failed.values() if e.reason == "NEED_STEPS")
-            answer = await self.ledger.get_steps(ledger_pb2.GetStepsRequest(group=group, first=behind))
-            have = {r.step: r for r in [*records, *answer.records]}  # the ledger's may have their clip factor by now
-            supplied = [have[step] for step in sorted(have)]
-            if supplied == records:  # what is needed is still to come: a decision or a clip factor
-                await asyncio.sleep(backoff.next())
-            return supplied
-        for partition, error in failed.items():
-            if error.reason == "NOT_STAGED":
-                missing = [int(c) for c in error.metadata["client_ids"].split(",")]
-                step = int(error.metadata["step"])  # not always that of the last record
-                await self.ledger.report_missing(
-                    ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
-                )
-        wait = backoff.next()
-        told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
-        if told:
-            await asyncio.sleep(max(told) / 1000)
-        elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY"}:
-            await self.link.wait_for_map(version, wait)
-        else:
-            await asyncio.sleep(wait)
-        return records
 
     # -- schemas -------------------------------------------------------------------
 
@@ -609,9 +462,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Close every channel; says nothing to anybody."""
         await self.link.close()
-        for lane in self._lanes.values():
-            await lane.close()
-        self._lanes.clear()
+        await self.close_lanes()
 
 
 async def _await(call: Any) -> Any:
@@ -624,10 +475,3 @@ def _outcomes(outcomes: Iterable[ps.PartitionOutcome]) -> dict[int, ps.Partition
 
 def _checked(headers: Mapping[int, ps.PullHeader]) -> dict[int, ps.PullHeader | ParameshError]:
     return {p: from_detail(h.error) if h.HasField("error") else h for p, h in headers.items()}
-
-
-def _first_to_raise(errors: Iterable[ParameshError]) -> ParameshError | None:
-    for error in errors:
-        if error.reason not in _PASSING and error.action in (Action.RAISE, Action.REJOIN):
-            return error
-    return None

@@ -1,0 +1,198 @@
+"""One request to many partitions: to their primaries in parallel, until each has answered.
+
+What a partition refused for a passing reason is repeated, with the same bytes and the same
+seq, when what the refusal asks for was done (a newer map, decided steps, a wait); other
+refusals are raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from paramesh.coordinator_link import CoordinatorLink
+from paramesh.errors import Action, ParameshError, refuse
+from paramesh.lanes.grpc_lane import GrpcLane
+from paramesh.ledger_client import LedgerClient
+from paramesh.retry import Backoff
+from paramesh.routing import Routes
+from paramesh.v1 import ledger_pb2
+from paramesh.v1 import types_pb2 as pb
+
+__all__ = ["Answers", "Delivery"]
+
+_PASSING = ("UNREACHABLE", "DEADLINE")
+
+R = TypeVar("R")
+Answers = Mapping[int, R | ParameshError]
+
+
+class Delivery:
+    """Lanes to servers, and requests over them. Lives on the IO loop; `AsyncClient` is one.
+
+    Args:
+        link: where the map comes from.
+
+    Attributes:
+        ledger: asked for decided steps; set by the subclass.
+    """
+
+    ledger: LedgerClient
+
+    def __init__(self, link: CoordinatorLink) -> None:
+        self.link = link
+        self._lanes: dict[str, GrpcLane] = {}
+        self._closing: asyncio.Future[None] | None = None
+        """The last lane being closed; held so that the task is not collected."""
+        link.listeners.append(self._on_map)
+
+    @property
+    def routes(self) -> Routes:
+        """The newest map."""
+        assert self.link.routes is not None
+        return self.link.routes
+
+    def lane(self, address: str) -> GrpcLane:
+        """The lane to a server, made on first use."""
+        if address not in self._lanes:
+            self._lanes[address] = GrpcLane(address)
+        return self._lanes[address]
+
+    async def primary(self, partition: int, deadline: float) -> tuple[pb.Node, int]:
+        """The node and epoch of a partition, waiting for a map that has it.
+
+        Args:
+            partition: its id.
+            deadline: on `time.monotonic`.
+
+        Raises:
+            PartitionOffline: its server is lost.
+            Timeout: DEADLINE, if no map names it in time.
+        """
+        while partition not in self.routes:
+            left = deadline - time.monotonic()
+            if left <= 0 or not await self.link.wait_for_map(self.routes.version, left):
+                what = "the ledger" if partition == 0 else f"partition {partition}"
+                raise refuse(
+                    "DEADLINE",
+                    f"no server holds {what} yet: are enough ps-server processes running?",
+                    what=what,
+                )
+        return self.routes.primary(partition)
+
+    def _on_map(self, routes: Routes) -> None:
+        alive = {n.address for n in routes.map.nodes if n.state in (pb.NODE_STATE_LIVE, pb.NODE_STATE_DRAINING)}
+        for node in routes.map.nodes:
+            if node.address not in alive and node.address in self._lanes:
+                lane = self._lanes.pop(node.address)
+                lane.lose(node.reason)
+                self._closing = asyncio.ensure_future(lane.close())
+
+    async def _deliver(
+        self,
+        partitions: Iterable[int],
+        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
+        *,
+        timeout: float,
+        what: str,
+        group: int = 0,
+        committed: Sequence[pb.StepRecord] = (),
+    ) -> dict[int, R]:
+        """Send to the primaries of `partitions` until each has answered well.
+
+        Raises:
+            ParameshError: the first refusal that repeating does not mend.
+            Timeout: DEADLINE, with what was refused last.
+        """
+        deadline = time.monotonic() + timeout
+        pending, results, backoff = list(partitions), dict[int, R](), Backoff()
+        records = list(committed)
+        while True:
+            version = self.routes.version
+            answers = await self._send_all(pending, send, records, deadline)
+            results.update({p: a for p, a in answers.items() if not isinstance(a, ParameshError)})
+            failed = {p: a for p, a in answers.items() if isinstance(a, ParameshError)}
+            if not failed:
+                return results
+            worst = _first_to_raise(failed.values())
+            if worst is not None:
+                raise worst
+            last = next(iter(failed.values()))
+            if time.monotonic() >= deadline:
+                raise refuse("DEADLINE", f"waited {timeout:g} s for {what}: {last}", what=what, last=last.reason)
+            records = await self._mend(failed, group, records, version, backoff)
+            pending = [p for p in pending if p in failed]
+
+    async def _send_all(
+        self,
+        pending: list[int],
+        send: Callable[[GrpcLane, list[int], list[pb.StepRecord]], Awaitable[Answers[R]]],
+        records: list[pb.StepRecord],
+        deadline: float,
+    ) -> dict[int, R | ParameshError]:
+        for partition in pending:
+            await self.primary(partition, deadline)
+        groups = self.routes.by_server(pending)
+
+        async def one(address: str, mine: list[int]) -> dict[int, R | ParameshError]:
+            try:
+                got = await send(self.lane(address), mine, records)
+            except ParameshError as error:
+                return dict.fromkeys(mine, error)
+            missing = refuse("UNREACHABLE", f"{address} ended the stream early", peer=address)
+            return {p: got.get(p, missing) for p in mine}
+
+        answers: dict[int, R | ParameshError] = {}
+        for part in await asyncio.gather(*(one(a, mine) for a, mine in groups.items())):
+            answers.update(part)
+        return answers
+
+    async def _mend(
+        self,
+        failed: Mapping[int, ParameshError],
+        group: int,
+        records: list[pb.StepRecord],
+        version: int,
+        backoff: Backoff,
+    ) -> list[pb.StepRecord]:
+        """Do what the refusals ask for before the next try; the records to send then."""
+        reasons = {error.reason for error in failed.values()}
+        if "NEED_STEPS" in reasons:
+            behind = min(int(e.metadata.get("applied_step", "0")) for e in failed.values() if e.reason == "NEED_STEPS")
+            answer = await self.ledger.get_steps(ledger_pb2.GetStepsRequest(group=group, first=behind))
+            have = {r.step: r for r in [*records, *answer.records]}  # the ledger's may have their clip factor by now
+            supplied = [have[step] for step in sorted(have)]
+            if supplied == records:  # what is needed is still to come: a decision or a clip factor
+                await asyncio.sleep(backoff.next())
+            return supplied
+        for partition, error in failed.items():
+            if error.reason == "NOT_STAGED":
+                missing = [int(c) for c in error.metadata["client_ids"].split(",")]
+                step = int(error.metadata["step"])  # not always that of the last record
+                await self.ledger.report_missing(
+                    ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
+                )
+        wait = backoff.next()
+        told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
+        if told:
+            await asyncio.sleep(max(told) / 1000)
+        elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY"}:
+            await self.link.wait_for_map(version, wait)
+        else:
+            await asyncio.sleep(wait)
+        return records
+
+    async def close_lanes(self) -> None:
+        """Close every channel to servers; calls in flight end."""
+        for lane in self._lanes.values():
+            await lane.close()
+        self._lanes.clear()
+
+
+def _first_to_raise(errors: Iterable[ParameshError]) -> ParameshError | None:
+    for error in errors:
+        if error.reason not in _PASSING and error.action in (Action.RAISE, Action.REJOIN):
+            return error
+    return None
