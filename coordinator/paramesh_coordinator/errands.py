@@ -40,6 +40,8 @@ class Errands:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._changed = asyncio.Event()
+        self._stopped = False
+        """Set by `stop`: a commit that was under way then must not start an operation."""
 
     def start(self) -> None:
         """Resume what an earlier coordinator left, and follow every commit from now on."""
@@ -48,6 +50,7 @@ class Errands:
 
     async def stop(self) -> None:
         """End all; the store keeps what is not confirmed."""
+        self._stopped = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -58,6 +61,8 @@ class Errands:
     def _look(self) -> None:
         waiting, self._changed = self._changed, asyncio.Event()
         waiting.set()
+        if self._stopped:
+            return
         for operation in self._driver.state.operations():
             number = operation.operation
             if number not in self._tasks:
