@@ -26,17 +26,21 @@ def assert_lockstep(workers) -> None:
     assert len({w.last("final")["digest"] for w in workers}) == 1
 
 
-@pytest.mark.parametrize(
-    "length", [3 * 4 * 4 + 4, 3 * 4 * 4 + 5, 4, 1], ids=["3k+1", "3k+1 and a rest", "1", "one sample"]
-)
-def test_uneven_batches_do_not_hang_and_are_exact(cluster_factory, length):
-    """W=3 with 3k+1 batches (and with fewer batches than workers): the last ones are one worker's alone."""
-    if cluster_factory.backend == "processes" and length != 3 * 4 * 4 + 4:
-        pytest.skip("processes run the main case only; the ledger's arithmetic is the same")
-    cluster = cluster_factory(servers=2, start_workers=3, gather=0.3)
+@pytest.mark.parametrize("length", [3 * 4 * 4 + 5, 4, 1], ids=["3k+1 and a rest", "one batch", "one sample"])
+def test_fewer_batches_than_workers_and_rests(inprocess_cluster, length):
+    """W=3 and any number of batches: the last ones are one worker's alone, or there is only one."""
+    cluster = inprocess_cluster(servers=2, start_workers=3, gather=0.3)
     cluster.start_workers(3, TALLY, length=length, batch=4, epochs=3)
     cluster.wait_for_workers(90)
     assert_exact(cluster, length, 3)
+
+
+def test_uneven_batches_do_not_hang_and_are_exact(cluster_factory):
+    """W=3 with 3k+1 batches of four."""
+    cluster = cluster_factory(servers=2, start_workers=3, gather=0.3)
+    cluster.start_workers(3, TALLY, length=52, batch=4, epochs=3)
+    cluster.wait_for_workers(90)
+    assert_exact(cluster, 52, 3)
 
 
 def test_rank_0_validates_while_others_go_on(inprocess_cluster):
