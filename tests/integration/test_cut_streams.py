@@ -17,6 +17,7 @@ from paramesh.async_client import AsyncClient
 from paramesh.channel import grpc
 from paramesh.encoded import Encoded
 from paramesh.errors import Fenced, ParameshError, refuse
+from paramesh.io import IoThread
 from paramesh.lanes.grpc_lane import GrpcLane
 from paramesh.v1 import parameter_server_pb2 as ps
 
@@ -170,3 +171,24 @@ def test_a_push_that_was_refused_or_never_sent_spoils_nothing(cluster: testing.C
     cluster.call(client.push_sequenced({partition: minus_ones(partition)}))
     assert tool.pull("t")["w"].tolist() == [1.0] * CELLS
     cluster.call(client.close())
+
+
+async def call_that_grpc_cancels(address: str) -> str:
+    """The reason of a call that ends cancelled although nobody cancelled its task."""
+
+    async def broken() -> None:
+        raise asyncio.CancelledError
+
+    lane = GrpcLane(address)
+    try:
+        await lane.run(broken())
+    except ParameshError as error:
+        return error.reason
+    finally:
+        await lane.close()
+    return ""
+
+
+def test_a_call_that_grpc_cancels_is_unreachable_and_repeated() -> None:
+    """gRPC cancels a call whose connection is reset while it writes; a caller would take that for Ctrl-C."""
+    assert IoThread.get().run(call_that_grpc_cancels("127.0.0.1:1"), 10, "a broken call") == "UNREACHABLE"

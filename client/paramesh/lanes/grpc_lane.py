@@ -56,6 +56,8 @@ class GrpcLane:
             if self._lost:
                 raise refuse("UNREACHABLE", f"{self.address} is lost: {self._lost}", peer=self.address) from None
             task.cancel()
+            if not _asked_to_end():  # gRPC itself cancels a call whose connection breaks while it writes
+                raise refuse("UNREACHABLE", f"the call to {self.address} broke off", peer=self.address) from None
             raise
         finally:
             self._calls.discard(task)
@@ -125,6 +127,12 @@ class GrpcLane:
     async def close(self) -> None:
         """Close the channel; calls in flight end."""
         await self._channel.close()
+
+
+def _asked_to_end() -> bool:
+    """Whether somebody cancels the task that runs; else a cancellation comes from what it awaits."""
+    current = asyncio.current_task()
+    return current is None or current.cancelling() > 0
 
 
 async def _await(call: Any) -> Any:
