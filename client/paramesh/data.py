@@ -261,6 +261,8 @@ class _Leased(Generic[T_co]):
             if pid == os.getpid():  # a forked worker that drops its copy must not speak for us
                 epoch.close()
                 session.ended(epoch)
+        if training and pid == os.getpid():
+            session.catch_up()
 
 
 _END: Any = object()

@@ -326,6 +326,16 @@ class Session:
         except ParameshError as error:  # runs in `finally`: the loop's own error comes first
             log.warning("end of a loop not noted reason=%s: %s", error.reason, error)
 
+    def catch_up(self) -> None:
+        """Bring parameters to where the others' last steps left them, at the end of an epoch.
+
+        Loops end together, but the last step may have been another worker's alone: without
+        this, workers would evaluate different models.
+        """
+        if not (self.closed or self._open):
+            for participant in self.participants():
+                _tell(participant, "on_active", {})
+
     def _set_activity(self, activity: int) -> None:
         value = lg.Activity.ValueType(activity)
         response = self.request(

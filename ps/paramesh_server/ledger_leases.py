@@ -86,9 +86,13 @@ class Leases:
         if chunks:
             return _answer(member, [epoch.sample_range(chunk) for chunk in chunks])
         self.settle()
-        if epoch.closed:
+        if epoch.closed or not (request.wait or self._unfinished(epoch)):
             return _answer(member, finished=True)
-        return self._wait(epoch, member) if request.wait else _answer(member)
+        if not request.wait:
+            return _answer(member)
+        wait = self._wait(epoch, member)
+        self.settle()  # it may have been the last one in the loop
+        return _answer(member, finished=True) if epoch.closed else wait
 
     def _opened(self, member: MemberState, request: LeaseRequest) -> EpochState:
         key = (request.dataset, request.epoch)
@@ -215,11 +219,29 @@ class Leases:
     # ------------------------------------------------------------------ the end of an epoch
 
     def settle(self) -> None:
-        """Close every epoch whose samples are all consumed or delivered."""
+        """Close every epoch whose samples are all consumed or delivered, and whose loops are done."""
         for epoch in list(self._epochs.open.values()):
-            left = epoch.deal.left or epoch.returned
-            if not (left or any(self._epochs.holders(epoch))) or self._abandoned(epoch):
+            if not (self._unfinished(epoch) or self._stepping(epoch)) or self._abandoned(epoch):
                 self._desk.commit(EpochClosed(epoch.key))
+
+    def _unfinished(self, epoch: EpochState) -> bool:
+        """Whether samples are left, or held by somebody who will train on them."""
+        return bool(epoch.deal.left or epoch.returned) or any(self._epochs.holders(epoch))
+
+    def _stepping(self, epoch: EpochState) -> bool:
+        """Whether a member is still in this epoch's loop, and steps.
+
+        Its samples may be consumed by one group and its step in the next be still to come (a
+        GAN): were the others let into the next epoch, that step would wait for them, and they
+        for it in the other group.
+        """
+        dataset, number = epoch.key
+        return any(
+            member.activity == ACTIVITY_ACTIVE
+            and self._epochs.state.positions.get((member.client_id, dataset)) == number
+            and member.client_id not in epoch.absent
+            for member in self._members.state.members.values()
+        )
 
     def _abandoned(self, epoch: EpochState) -> bool:
         """Whether every member leases from a later epoch by now (all left their loops early)."""

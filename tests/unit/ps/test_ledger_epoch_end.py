@@ -27,7 +27,9 @@ def test_an_epoch_ends_when_every_sample_is_consumed() -> None:
     world.decided(2, 0, samples=held[2])
     assert finished(world, 1)
     assert finished(world, 2)
+    assert isinstance(world.lease(2, wait=True), Wait), "the other may still step"
     assert finished(world, 1, wait=True), "a finished epoch yields nothing, for ever"
+    assert finished(world, 2, wait=True)
     world.join(3)
     assert finished(world, 3)
     assert world.status().epochs[0].consumed == 20
@@ -43,12 +45,24 @@ def test_a_waiting_member_is_between_and_no_step_gathers_it() -> None:
     assert world.status().members[0].activity == lg.ACTIVITY_BETWEEN
     record = world.decided(2, 1, samples=held[2][1:]).record
     assert [c.client_id for c in record.contributors] == [2]
+    assert isinstance(world.lease(1, wait=True), Wait), "the other is still in its loop"
+    assert finished(world, 2, wait=True)
     assert waiting.key in world.ledger.take_woken()
     answer = world.lease(1, wait=True)
     assert isinstance(answer, lg.LeaseResponse)
     assert answer.finished
     assert answer.between
     assert world.waits(2, 2) == (0,), "the epoch is over: it is gathered like any between two loaders"
+
+
+def test_an_epoch_goes_on_while_somebody_is_in_its_loop() -> None:
+    """Else, with two groups, each of two workers would wait for the other in another group."""
+    world, held = drained()
+    world.waits(1, 0, samples=held[1])
+    world.decided(2, 0, samples=held[2])
+    assert isinstance(world.lease(1, wait=True), Wait), "the other steps its second group now"
+    assert finished(world, 2, wait=True)
+    assert finished(world, 1, wait=True)
 
 
 def test_a_member_with_batches_left_is_not_between() -> None:
@@ -133,8 +147,8 @@ def test_an_epoch_that_everybody_left_early_is_over() -> None:
 
 def test_a_closed_epoch_loses_what_its_last_holder_takes_along() -> None:
     world, held = drained()
-    assert not finished(world, 1, delivered=held[1])
-    assert finished(world, 2, delivered=held[2])
+    assert isinstance(world.lease(1, wait=True, delivered=held[1]), Wait)
+    assert finished(world, 2, wait=True, delivered=held[2])
     world.evict(1)
     assert finished(world, 2)
     with refused("LEASE"):

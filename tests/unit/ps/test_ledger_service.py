@@ -254,11 +254,11 @@ def test_a_long_wait_is_logged_with_ranks_and_over_repeated_polls(caplog: pytest
 
 @on_loop
 async def test_a_wait_that_brings_its_own_end_about_is_not_slept_through() -> None:
-    """The last worker to wait for leases lets the others' step go, which ends the epoch."""
+    """A worker that comes to wait for leases lets the others' step go; the last one ends the epoch."""
     served = service()
     await workers(served, 2)
 
-    def lease(client: int, **fields: Any) -> Awaitable[lg.LeaseResponse]:
+    def lease(client: int, **fields: Any) -> asyncio.Future[lg.LeaseResponse]:
         request = lg.LeaseRequest(request=header("job", 1, client), length=1, chunk=1, **fields)
         return asyncio.ensure_future(served.Lease(request, Context()))
 
@@ -266,6 +266,9 @@ async def test_a_wait_that_brings_its_own_end_about_is_not_slept_through() -> No
     request = lg.ReadyRequest(request=header("job", 1, 1), group=1, weight=1, samples=last.leases)
     step = asyncio.ensure_future(served.Ready(request, Context()))
     await until(lambda: sleeping(served) == 1)
-    answer = await asyncio.wait_for(lease(2, wait=True), POLL_S / 2)  # not at the end of its poll
-    assert answer.finished
-    assert len((await step).record.contributors) == 1
+    parked = lease(2, wait=True)
+    decided = await asyncio.wait_for(step, POLL_S / 2)  # not at the end of its poll
+    assert len(decided.record.contributors) == 1
+    assert not parked.done(), "the other is still in its loop"
+    assert (await asyncio.wait_for(lease(1, wait=True), POLL_S / 2)).finished
+    assert (await asyncio.wait_for(parked, POLL_S / 2)).finished
