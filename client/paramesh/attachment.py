@@ -21,7 +21,7 @@ from paramesh.amp import AmpState
 from paramesh.buffers import BufferExchange
 from paramesh.encoded import SlotWrite
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
-from paramesh.exchange import Contribution, Exchange, GroupSettings, Table
+from paramesh.exchange import Contribution, Exchange, GroupSettings, Resumed, Table
 from paramesh.exchange_async import AsyncExchange
 from paramesh.exchange_local import LocalExchange
 from paramesh.exchange_sync import SyncExchange
@@ -64,7 +64,9 @@ class Attachment:
         self._local_steps = 0
         """Local mode: steps since the last exchange."""
         self._left: list[tuple[Exchange, Contribution]] = []
-        """Groups that a step did not come to, as an error cut it off before: the others have stepped them."""
+        """Groups that the last step did not come to, as an error cut it off before: the others have stepped them."""
+        self._unsettled: Sequence[types_pb2.SampleRange] = ()
+        """Samples of the last step, if an error cut it off after the ledger was told."""
         self.inner = inner
         self.model = model
         self.options = options
@@ -178,8 +180,8 @@ class Attachment:
         """Steps that were cut off end, values that are still arriving arrive; the evicted rejoins."""
         try:
             for exchange in self.exchanges:
-                if exchange.resume():
-                    self._local_steps = 0  # exchanged by now
+                # Later groups' steps are other workers' past: there, what was given stays.
+                self._resumed(exchange.resume(may_replace=exchange is self.main[0]))
                 exchange.finish()
             while self._left:
                 exchange, contribution = self._left[0]
@@ -189,6 +191,13 @@ class Attachment:
                 self._left.pop(0)
         except Fenced:
             self._rejoin()
+
+    def _resumed(self, what: Resumed) -> None:
+        if what is Resumed.OPEN:  # the next try is for all groups and samples again
+            self._left = []
+            self.session.deliveries.restore(self._unsettled, self.name)
+        elif what is Resumed.ENDED:
+            self._local_steps = 0  # exchanged by now
 
     def drain(self) -> None:
         """Returns when everything pushed is applied and everything pulled is in place."""
@@ -291,7 +300,7 @@ class Attachment:
                 self.session.deliveries.restore(ranges, self.name)
             elif self.options.mode in ("sync", "local"):
                 given = zip(self.exchanges, [*contributions, buffers], strict=False)
-                self._left = [(e, c) for e, c in given if not c.told]
+                self._left, self._unsettled = [(e, c) for e, c in given if not c.told], ranges
             raise
         return skipped
 

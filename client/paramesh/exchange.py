@@ -11,6 +11,7 @@ but buffers is touched.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -114,6 +115,17 @@ class Outcome:
     """The ledger's decision, in sync and local."""
 
 
+class Resumed(enum.Enum):
+    """What became of a step that an error had cut off."""
+
+    NOTHING = enum.auto()
+    """There was none."""
+    OPEN = enum.auto()
+    """It is undecided: the next contribution is for it, and replaces what was given."""
+    ENDED = enum.auto()
+    """It is over, and its values are here."""
+
+
 class Exchange(ABC):
     """Base of all modes.
 
@@ -193,9 +205,13 @@ class Exchange(ABC):
     def opened(self) -> None:  # noqa: B027 - a hook that most modes have no use for
         """Called when the group is open and its tables are placed."""
 
-    def resume(self) -> bool:
-        """Ends a step that an error cut off after the ledger was told; returns whether there was one."""
-        return False
+    def resume(self, may_replace: bool) -> Resumed:
+        """Ends a step that an error cut off after the ledger was told.
+
+        Args:
+            may_replace: If it is undecided still, leave it open for another contribution.
+        """
+        return Resumed.NOTHING
 
     def finish(self) -> None:  # noqa: B027 - only an overlapped pull outlives its step
         """Returns when all values are in place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from paramesh.exchange import Contribution, Outcome
+from paramesh.exchange import Contribution, Outcome, Resumed
 from paramesh.exchange_sync import SyncExchange
 from paramesh.v1 import ledger_pb2
 
@@ -65,11 +65,11 @@ class LocalExchange(SyncExchange):
             for starts, table in zip(self.start, self.tables, strict=True)
         ]
 
-    def resume(self) -> bool:
+    def resume(self, may_replace: bool) -> Resumed:
         """Ends an exchange that was cut off: what is pulled has this worker's local steps in it."""
         self._giving = True
         try:
-            return super().resume()
+            return super().resume(may_replace)
         finally:
             self._giving = False
 

@@ -13,13 +13,22 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paramesh.asked import Asked, name_attempts, set_all, was_overtaken
 from paramesh.encoded import Encoded, Snapshot
 from paramesh.errors import Fenced, ParameshError, RequestRefused, StateRefused, refuse
-from paramesh.exchange import PULL_TRIES, Contribution, Exchange, GroupSettings, Outcome, Table, as_messages, gathered
-from paramesh.hyper import Value
+from paramesh.exchange import (
+    PULL_TRIES,
+    Contribution,
+    Exchange,
+    GroupSettings,
+    Outcome,
+    Resumed,
+    Table,
+    as_messages,
+    gathered,
+)
 from paramesh.profiling import phase
 from paramesh.speculation import Speculation, Staged
 from paramesh.v1 import ledger_pb2, types_pb2
@@ -31,23 +40,6 @@ if TYPE_CHECKING:
     from paramesh.v1.parameter_server_pb2 import PullHeader
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Asked:
-    """A Ready that the ledger may have taken note of."""
-
-    request: ledger_pb2.ReadyRequest
-    changes: Sequence[tuple[Table, dict[str, Value], dict[str, Value]]]
-    """The settings it carries; see `Exchange.changed_settings`."""
-    known: bool = False
-    """Whether its answer has come."""
-
-    def answered(self) -> None:
-        """Its step is decided: the ledger has its settings, whether it counts or was too late."""
-        self.known = True
-        for table, current, _ in self.changes:
-            table.sent = current
 
 
 class SyncExchange(Exchange):
@@ -136,7 +128,7 @@ class SyncExchange(Exchange):
             hyper_parameters=as_messages(changes),
             applied_through=step,
         )
-        _name_attempts(request, attempts)
+        name_attempts(request, attempts)
         self.before_pull()
         try:
             response = self.session.call(
@@ -154,21 +146,21 @@ class SyncExchange(Exchange):
         self._receive(response.record.step + 1)
         self._asked = None
 
-    def resume(self) -> bool:
-        """Ends a step whose Ready was sent and that an error then cut off; returns whether there was one.
-
-        What counts in it is what was staged for it: the same Ready is repeated, and its values are pulled.
-        """
+    def resume(self, may_replace: bool) -> Resumed:
+        """Ends a step whose Ready was sent and that an error then cut off: the same Ready, then the pull."""
         if self._incomplete:
             self.pull_now(self.reopen())
         if self._asked is None:
-            return False
+            return Resumed.NOTHING
         request = self._asked.request
+        if may_replace and self.session.call(self._undecided_on_loop(request.step), f"step {request.step}"):
+            self._asked = None
+            return Resumed.OPEN
         self.before_pull()
         self._end_step(self.session.call(self._resume_on_loop(request), f"step {request.step}"))
         if self.speculation is not None:
             self.speculation.discard()  # what a backward since has pushed was for the step that ended now
-        return True
+        return Resumed.ENDED
 
     def _settle(self, next_step: int) -> None:
         """A step that was cut off is decided by now: the ledger takes back its samples if it came too late."""
@@ -235,7 +227,7 @@ class SyncExchange(Exchange):
         self._unseen = {id(p): p for table in self.tables for p in table.plan.parameters}
         arrived = self._arrived
         self._arriving = self.session.submit(self._pull_on_loop(step))
-        self._arriving.add_done_callback(lambda _: _set_all(arrived))
+        self._arriving.add_done_callback(lambda _: set_all(arrived))
 
     def sink(self, partition: int, header: PullHeader, payload: memoryview) -> None:
         """Takes one pulled frame, and tells who waits for the partition when it is the last."""
@@ -255,7 +247,7 @@ class SyncExchange(Exchange):
         for parameter in mine:
             for partition in self._partitions_of(parameter):
                 self._arrived[partition].wait()
-        if self._arriving.done() and not _was_overtaken(self._arriving):
+        if self._arriving.done() and not was_overtaken(self._arriving):
             self._arriving.result()
         # Before their forward, exactly once: autograd refuses a backward through values that
         # were marked as changed after it had saved them.
@@ -279,7 +271,7 @@ class SyncExchange(Exchange):
             self.session.wait(arriving, f"parameters of step {self.position}")
         except BaseException:
             self._incomplete = True
-            if not _was_overtaken(arriving):
+            if not was_overtaken(arriving):
                 raise
             self.pull_now(self.reopen())
             return
@@ -323,6 +315,11 @@ class SyncExchange(Exchange):
             raise
         await self._conclude_on_loop(response)
         return response
+
+    async def _undecided_on_loop(self, step: int) -> bool:
+        """Whether another try may still count: if that is overtaken, the ledger takes it for too late."""
+        request = ledger_pb2.GetStepsRequest(group=self.group, first=step, limit=1)
+        return (await self.client.ledger.get_steps(request)).next_step <= step
 
     async def _resume_on_loop(self, request: ledger_pb2.ReadyRequest) -> ledger_pb2.ReadyResponse:
         response = await self._ready_on_loop(request)
@@ -376,24 +373,3 @@ class SyncExchange(Exchange):
         ]
         request = ledger_pb2.ClipRequest(group=self.group, step=record.step, norms=parts)
         return (await self.client.ledger.clip(request)).record
-
-
-def _name_attempts(request: ledger_pb2.ReadyRequest, attempts: Mapping[int, int]) -> None:
-    """Names the attempt that counts in each partition: the lowest, and those that are above it."""
-    request.attempt = min(attempts.values(), default=1)
-    for partition, attempt in attempts.items():
-        if attempt != request.attempt:
-            request.overrides.add(partition=partition, attempt=attempt)
-
-
-def _set_all(events: Mapping[int, threading.Event]) -> None:
-    for event in events.values():
-        event.set()
-
-
-def _was_overtaken(arriving: concurrent.futures.Future[None]) -> bool:
-    """Whether a pull ended because the group is past the step whose values it asked for."""
-    if not arriving.done() or arriving.cancelled():
-        return False
-    error = arriving.exception()
-    return isinstance(error, ParameshError) and error.reason == "STEP_OUT_OF_RANGE"

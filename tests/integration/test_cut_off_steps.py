@@ -71,15 +71,17 @@ def test_a_step_that_was_cut_off_counts_once(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     steps(model, optimizer, range(3))
     optimizer.param_groups[0]["lr"] = 0.05
-    steps(model, optimizer, [3])
+    # What is decided stays; a Ready that never arrived may be replaced.
+    steps(model, optimizer, [77 if again == "next gradient" and name == "ready" and not after else 3])
     optimizer.param_groups[0]["lr"] = 0.1
     steps(model, optimizer, [4])
-    assert same_bits(result, values(model)), "step 3 is the gradient that was cut off; nothing else came in"
+    assert same_bits(result, values(model))
 
 
-def test_samples_of_a_step_that_was_cut_off_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(AsyncClient, "pull"), (LedgerClient, "ready")])
+def test_samples_of_a_step_that_was_cut_off_count_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     at: list[int] = []
-    cut_off(monkeypatch, AsyncClient, "pull", after=False, at=at)
+    cut_off(monkeypatch, owner, name, after=False, at=at)
     data = torch.utils.data.TensorDataset(torch.eye(24))
 
     def work(rank: int) -> list[float]:
@@ -95,8 +97,8 @@ def test_samples_of_a_step_that_was_cut_off_count_once(monkeypatch: pytest.Monke
                 at.append(1)
                 with pytest.raises(ParameshError, match="cut off"):
                     optimizer.step()
-                continue
-            optimizer.step()
+            if number != 2 or name == "ready":
+                optimizer.step()  # a Ready that did not arrive is tried again, a decided step is over
         return model.weight.flatten().tolist()
 
     with Cluster(deadline=30.0) as cluster:
