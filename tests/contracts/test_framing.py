@@ -60,17 +60,12 @@ class TestFramesAreProtobuf:
         assert parsed.payload == PAYLOAD
 
     def test_we_read_a_standard_serialisers_bytes(self, message_type, header):
-        framed = framing.decode(
-            message_type(header=header, payload=PAYLOAD).SerializeToString(), type(header)
-        )
+        framed = framing.decode(message_type(header=header, payload=PAYLOAD).SerializeToString(), type(header))
         assert framed.header == header
         assert framed.payload == PAYLOAD
 
     def test_our_bytes_are_the_standard_serialisers(self, message_type, header):
-        assert (
-            framing.encode(header, [PAYLOAD])
-            == message_type(header=header, payload=PAYLOAD).SerializeToString()
-        )
+        assert framing.encode(header, [PAYLOAD]) == message_type(header=header, payload=PAYLOAD).SerializeToString()
 
     def test_the_payload_is_read_without_a_copy(self, message_type, header):
         data = framing.encode(header, [PAYLOAD])
@@ -83,10 +78,7 @@ class TestFramesAreProtobuf:
         assert framed.payload == PAYLOAD
 
     def test_payload_before_header_is_read_too(self, message_type, header):
-        data = (
-            message_type(payload=PAYLOAD).SerializeToString()
-            + message_type(header=header).SerializeToString()
-        )
+        data = message_type(payload=PAYLOAD).SerializeToString() + message_type(header=header).SerializeToString()
         framed = framing.decode(data, type(header))
         assert (framed.header, framed.payload) == (header, PAYLOAD)
 
@@ -170,9 +162,7 @@ GOLDEN: dict[str, tuple[Message, str]] = {
     "push_response": (
         parameter_server_pb2.PushResponse(
             outcomes=[
-                parameter_server_pb2.PartitionOutcome(
-                    partition=3, epoch=1, lsn=9, duplicate=True, applied_step=2
-                )
+                parameter_server_pb2.PartitionOutcome(partition=3, epoch=1, lsn=9, duplicate=True, applied_step=2)
             ]
         ),
         "0a0a08031001180920012802",
@@ -187,8 +177,7 @@ GOLDEN: dict[str, tuple[Message, str]] = {
             committed=[RECORD],
             checksum_kind=types_pb2.CHECKSUM_KIND_CRC32,
         ),
-        "0a0b0a036a6f62100118072001120808031001180920011801200128033215080110021a0d0807190000000000"
-        "005040200130014002",
+        "0a0b0a036a6f62100118072001120808031001180920011801200128033215080110021a0d0807190000000000005040200130014002",
     ),
     "pull_response": (
         parameter_server_pb2.PullResponse(header=FRAMED[1][1], payload=PAYLOAD),
@@ -263,9 +252,7 @@ GOLDEN: dict[str, tuple[Message, str]] = {
                     table_id=1,
                     hyper_parameters=[
                         types_pb2.HyperParameter(name="lr", number=0.5),
-                        types_pb2.HyperParameter(
-                            name="betas", numbers=types_pb2.NumberList(numbers=[0.9, 0.99])
-                        ),
+                        types_pb2.HyperParameter(name="betas", numbers=types_pb2.NumberList(numbers=[0.9, 0.99])),
                         types_pb2.HyperParameter(name="amsgrad", flag=True),
                         types_pb2.HyperParameter(name="foreach", none=True),
                     ],
