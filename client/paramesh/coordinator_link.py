@@ -23,6 +23,9 @@ from paramesh.v1 import coordinator_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+_WARN_AFTER_S = 3.0
+"""Seconds of trying in silence: a person in front of a wrong address waits no longer."""
+
 _WATCH_SILENCE_S = 25.0
 """The coordinator repeats the map every 10 s; two missed repeats mean a dead stream."""
 
@@ -79,6 +82,7 @@ class CoordinatorLink:
             ParameshError: what the coordinator refused with.
         """
         deadline = time.monotonic() + timeout
+        warn_at = time.monotonic() + _WARN_AFTER_S
         backoff = Backoff()
         while True:
             try:
@@ -90,6 +94,10 @@ class CoordinatorLink:
                 raise error
             if time.monotonic() >= deadline:
                 raise self._gave_up(error, timeout, what, refused)
+            if time.monotonic() >= warn_at:
+                left = deadline - time.monotonic()
+                log.warning("%s: still trying for %d s more: %s", what, left, error)
+                warn_at = time.monotonic() + 2 * _WARN_AFTER_S
             self._at = (self._at + 1) % len(self._addresses)
             await asyncio.sleep(backoff.next())
 

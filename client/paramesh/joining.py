@@ -10,11 +10,18 @@ from paramesh.v1 import ledger_pb2 as lg
 if TYPE_CHECKING:
     from paramesh.async_client import AsyncClient
 
-__all__ = ["connect_and_join", "set_local_device"]
+__all__ = ["CONNECT_S", "GRACE_S", "connect_and_join", "set_local_device"]
+
+CONNECT_S = 60.0
+"""Seconds at most until a coordinator answers: time enough to start one in the next shell, short
+enough that a wrong address is not taken for a slow cluster. Waiting for servers may take longer."""
+
+GRACE_S = 10.0
+"""Seconds more for those who wait from outside, so that the error that says more comes first."""
 
 
 async def connect_and_join(
-    client_type: type[AsyncClient], config: ClientConfig, rank: int | None
+    client_type: type[AsyncClient], config: ClientConfig, rank: int | None, *, connect_s: float | None = None
 ) -> tuple[AsyncClient, lg.JoinResponse]:
     """Register a client of the configured slot and make it a member.
 
@@ -22,6 +29,7 @@ async def connect_and_join(
         client_type: whose `connect` is called.
         config: where, as whom, and how long to try.
         rank: the rank asked for; None: any.
+        connect_s: seconds until a coordinator must answer; None: `config.join_timeout`.
     """
     client = await client_type.connect(
         config.coordinators,
@@ -30,7 +38,7 @@ async def connect_and_join(
         host=config.host,
         host_incarnation=config.host_incarnation,
         role="worker",
-        timeout=config.join_timeout,
+        timeout=config.join_timeout if connect_s is None else min(connect_s, config.join_timeout),
     )
     try:
         request = lg.JoinRequest(slot=config.place, preferred_rank=rank or 0, has_preferred_rank=rank is not None)

@@ -22,7 +22,7 @@ from paramesh.config import ClientConfig
 from paramesh.deliveries import Deliveries
 from paramesh.departure import Departure
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
-from paramesh.joining import connect_and_join
+from paramesh.joining import CONNECT_S, GRACE_S, connect_and_join
 from paramesh.positions import Positions
 from paramesh.registry import Registry
 from paramesh.reporter import Reporter
@@ -134,8 +134,8 @@ class Session:
 
         io = IoThread.get()
         client, joined = io.run(
-            connect_and_join(AsyncClient, config, config.rank),
-            config.join_timeout,
+            connect_and_join(AsyncClient, config, config.rank, connect_s=CONNECT_S),
+            config.join_timeout + GRACE_S,
             f"the coordinator at {config.coordinators} and the ledger of job {config.job!r}",
         )
         session = cls(config, io, client, joined)
@@ -168,7 +168,7 @@ class Session:
         self.client, joined = self.call(
             connect_and_join(type(old), self.config, self.rank),
             "the ledger to take this worker back",
-            self.config.join_timeout,
+            self.config.join_timeout + GRACE_S,
         )
         self.submit(old.close())
         self.deliveries.clear()

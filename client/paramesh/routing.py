@@ -292,7 +292,8 @@ class Routes:
         return refuse(
             "PARTITION_OFFLINE",
             f"server {name!r} is lost ({why}); it held the only copy of partition {row.id} of {table!r}. "
-            "Restart the job from its last checkpoint (paramesh.load), or from the start.",
+            "Start the cluster anew (a new --state file for ps-coordinator), and the job from its last checkpoint "
+            "(paramesh.load) or from the start.",
             server=name,
             partition=row.id,
             table=table,

@@ -115,7 +115,7 @@ def _state(state: Path | None, ephemeral: bool) -> Path | None:
         raise ConfigError("state: --state and --ephemeral exclude each other", metadata={"key": "state"})
     if not ephemeral and state is None:
         raise ConfigError(
-            "state: --state FILE is required (or --ephemeral, which forgets the cluster at a restart)",
+            "state: a FILE is required (or --ephemeral, which forgets the cluster at a restart)",
             metadata={"key": "state"},
         )
     return state

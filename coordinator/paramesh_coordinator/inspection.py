@@ -57,8 +57,8 @@ async def _ask(addresses: Sequence[str], service: Any, method: str, request: Mes
     raise refuse(
         "UNREACHABLE",
         f"no coordinator answers at {', '.join(addresses)}. Check that ps-coordinator runs there (it logs "
-        "'serving address=...'), and that --coordinator or PARAMESH_COORDINATOR names it. Training goes on "
-        f"without it. ({failures[-1]})",
+        "'serving address=...'), and that --coordinator or PARAMESH_COORDINATOR names it. A cluster "
+        f"whose coordinator is away trains on meanwhile. ({failures[-1]})",
     )
 
 

@@ -141,8 +141,10 @@ class RunConfig:
         choices=("sync", "ssp", "async", "local"),
         kind=str,
     )
-    staleness: int | None = option(None, "with ssp: how many steps the fastest worker may be ahead of the slowest")
-    every: int | None = option(None, "with local: steps between two exchanges", metavar="H")
+    staleness: int | None = option(
+        None, "with ssp: how many steps the fastest worker may be ahead of the slowest (default: 4)"
+    )
+    every: int | None = option(None, "with local: steps between two exchanges (default: 1)", metavar="H")
     replicas: int = option(1, "copies of each partition; this release keeps 1", metavar="R")
     max_restarts: int = option(3, "restarts that each worker may use up before the run fails", metavar="K")
     port: int = option(0, "port of the coordinator on 127.0.0.1, for psctl; 0: any free one", metavar="P")

@@ -104,7 +104,7 @@ def test_the_flags_of_psctl_are_frozen(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "--state: --state FILE is required"),
+        ([], "--state: a FILE is required"),
         (["--ephemeral", "--state", "x"], "--state: .* exclude each other"),
         (["--ephemeral", "--heartbeat-interval", "1"], "--heartbeat-interval: is 1.0 s, more than a quarter"),
         (["--ephemeral", "--bind", "127.0.0.1:70000"], "--bind: port 70000"),
