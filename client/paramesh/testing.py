@@ -248,6 +248,8 @@ class _Run(Generic[T]):
         self._failures: list[tuple[int, BaseException]] = []
         """In the order in which they happened; the others are often its consequences."""
         self._sessions: list[Session] = []
+        self._abandoned = False
+        """Whether the run is over for those who have not ended; set once, with the lock held."""
         self._threads = [
             threading.Thread(target=self._work, args=(c,), name=f"paramesh-testing-{c.rank}", daemon=True)
             for c in configs
@@ -260,7 +262,12 @@ class _Run(Generic[T]):
         rank = config.rank or 0
         try:
             session = Session.join(config)
-            self._sessions.append(session)
+            with self._ended:
+                self._sessions.append(session)
+                late = self._abandoned
+            if late:  # the run ended while this worker was joining: nobody else would end it
+                session.leave(gracefully=False)
+                return
             with using(session):
                 result = self._fn(session.rank)
             session.leave()
@@ -293,7 +300,10 @@ class _Run(Generic[T]):
 
     def _abandon(self) -> None:
         """Disconnect the workers, and give their threads a moment to notice."""
-        for session in list(self._sessions):
+        with self._ended:
+            self._abandoned = True
+            joined = list(self._sessions)
+        for session in joined:
             session.leave(gracefully=False)
         end = time.monotonic() + STOP_SECONDS
         for thread in self._threads:

@@ -46,6 +46,29 @@ def test_the_first_exception_comes_out_with_its_worker_named():
     assert not [t.name for t in threading.enumerate() if t.name.startswith("paramesh-testing")]
 
 
+def test_a_worker_that_is_still_joining_when_another_fails_is_ended_too(monkeypatch):
+    from paramesh.membership import Session
+
+    failed, join = threading.Event(), Session.join
+
+    def slow_join(config):
+        if config.rank == 1:
+            assert failed.wait(20), "the other worker fails first"
+        return join(config)
+
+    def train(rank: int) -> float:
+        if rank == 0:
+            threading.Timer(0.2, failed.set).start()  # the run is being abandoned by then
+            raise ZeroDivisionError("mine")
+        return one_step(rank)
+
+    monkeypatch.setattr(Session, "join", slow_join)
+    with testing.Cluster(workers=2) as cluster:
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            cluster.run(train, deadline=20)
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("paramesh-testing")]
+
+
 def test_a_hang_says_where_each_worker_stands():
     release = threading.Event()
 
