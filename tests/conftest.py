@@ -16,7 +16,14 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 for _name in [name for name in os.environ if name.startswith("PARAMESH_")]:
     del os.environ[_name]
 
+from hypothesis import HealthCheck, settings  # noqa: E402
+
 from tests.cluster.handle import ClusterHandle  # noqa: E402
+
+# An example that is slow because the machine is busy is no failure: no test depends on the clock.
+# A failing one prints the blob that reproduces it.
+settings.register_profile("paramesh", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("paramesh")
 
 BACKENDS = ("inprocess", "processes")
 
