@@ -261,7 +261,7 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
         StateRefused: UNKNOWN_NODE, if the named supervisor is not live.
         RequestRefused: NAME, INCARNATION.
     """
-    # Without a supervisor the slot is "pid@host", which a name may not be.
+    # Our own clients say "host/pid" without a supervisor; others may say "pid@host", which a name may not be.
     check_name(hello.slot.replace("@", ":"), "slot")
     check_incarnation(hello.incarnation, f"client of slot {hello.slot!r}")
     known = [c for c in draft.rows(ClientRow) if (c.slot, c.incarnation) == (hello.slot, hello.incarnation)]
