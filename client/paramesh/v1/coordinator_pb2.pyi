@@ -791,3 +791,89 @@ class ListEventsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["events", b"events"]) -> None: ...
 
 global___ListEventsResponse = ListEventsResponse
+
+@typing.final
+class IsrChange(google.protobuf.message.Message):
+    """IsrChange is a primary's wish for one partition."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    ISR_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    epoch: builtins.int
+    version: builtins.int
+    """version is the row's when the wish was made. Nothing is changed if it is another."""
+    why: builtins.str
+    """why is for people: "no acknowledgement for 2.0 s"."""
+    @property
+    def isr(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.ReplicaRef]:
+        """isr is the new set, the primary included."""
+
+    def __init__(
+        self,
+        *,
+        partition: builtins.int = ...,
+        epoch: builtins.int = ...,
+        version: builtins.int = ...,
+        isr: collections.abc.Iterable[paramesh.v1.types_pb2.ReplicaRef] | None = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "isr", b"isr", "partition", b"partition", "version", b"version", "why", b"why"]) -> None: ...
+
+global___IsrChange = IsrChange
+
+@typing.final
+class ChangeIsrRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    PRIMARY_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    @property
+    def primary(self) -> paramesh.v1.types_pb2.ReplicaRef:
+        """primary is who asks; NOT_PRIMARY if the row names another."""
+
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___IsrChange]: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        primary: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        changes: collections.abc.Iterable[global___IsrChange] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["primary", b"primary", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "primary", b"primary", "request", b"request"]) -> None: ...
+
+global___ChangeIsrRequest = ChangeIsrRequest
+
+@typing.final
+class ChangeIsrResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DONE_FIELD_NUMBER: builtins.int
+    MAP_FIELD_NUMBER: builtins.int
+    @property
+    def done(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """done are the partitions whose set was changed."""
+
+    @property
+    def map(self) -> paramesh.v1.types_pb2.PartitionMap:
+        """map is as of the decision: it shows the outcome of all of them."""
+
+    def __init__(
+        self,
+        *,
+        done: collections.abc.Iterable[builtins.int] | None = ...,
+        map: paramesh.v1.types_pb2.PartitionMap | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["map", b"map"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["done", b"done", "map", b"map"]) -> None: ...
+
+global___ChangeIsrResponse = ChangeIsrResponse

@@ -582,6 +582,89 @@ class Catalog(object):
             _registered_method=True)
 
 
+class ReplicasStub(object):
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ChangeIsr = channel.unary_unary(
+                '/paramesh.v1.Replicas/ChangeIsr',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.FromString,
+                _registered_method=True)
+
+
+class ReplicasServicer(object):
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    def ChangeIsr(self, request, context):
+        """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
+        row that has changed is left alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReplicasServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ChangeIsr': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeIsr,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'paramesh.v1.Replicas', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('paramesh.v1.Replicas', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Replicas(object):
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    @staticmethod
+    def ChangeIsr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Replicas/ChangeIsr',
+            paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class AdminStub(object):
     """Admin is psctl's.
 

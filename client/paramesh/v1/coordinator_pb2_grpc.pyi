@@ -289,6 +289,53 @@ class CatalogServicer(metaclass=abc.ABCMeta):
 
 def add_CatalogServicer_to_server(servicer: CatalogServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
+class ReplicasStub:
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
+    ChangeIsr: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ChangeIsrRequest,
+        paramesh.v1.coordinator_pb2.ChangeIsrResponse,
+    ]
+    """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
+    row that has changed is left alone.
+    """
+
+class ReplicasAsyncStub:
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    ChangeIsr: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ChangeIsrRequest,
+        paramesh.v1.coordinator_pb2.ChangeIsrResponse,
+    ]
+    """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
+    row that has changed is left alone.
+    """
+
+class ReplicasServicer(metaclass=abc.ABCMeta):
+    """Replicas is how primaries change in-sync sets.
+
+    Called by: servers.
+    """
+
+    @abc.abstractmethod
+    def ChangeIsr(
+        self,
+        request: paramesh.v1.coordinator_pb2.ChangeIsrRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.ChangeIsrResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.ChangeIsrResponse]]:
+        """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
+        row that has changed is left alone.
+        """
+
+def add_ReplicasServicer_to_server(servicer: ReplicasServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+
 class AdminStub:
     """Admin is psctl's.
 

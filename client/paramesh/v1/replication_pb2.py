@@ -25,39 +25,65 @@ _sym_db = _symbol_database.Default()
 from paramesh.v1 import types_pb2 as paramesh_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dparamesh/v1/replication.proto\x12\x0bparamesh.v1\x1a\x17paramesh/v1/types.proto\"\xe4\x01\n\tLogRecord\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.paramesh.v1.RecordKind\x12\x11\n\tclient_id\x18\x05 \x01(\x04\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x07\x12\x30\n\rchecksum_kind\x18\t \x01(\x0e\x32\x19.paramesh.v1.ChecksumKind\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xd0\x01\n\rAppendRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12(\n\x07primary\x18\x02 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12\x14\n\x0cprevious_lsn\x18\x03 \x01(\x04\x12\x16\n\x0eprevious_epoch\x18\x04 \x01(\x04\x12\x12\n\ncommit_lsn\x18\x05 \x01(\x04\x12&\n\x06record\x18\x0f \x01(\x0b\x32\x16.paramesh.v1.LogRecord\"n\n\x0e\x41ppendResponse\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tacked_lsn\x18\x03 \x01(\x04\x12\'\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.paramesh.v1.ErrorDetail\"\xd8\x01\n\x0eInstallRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12(\n\x07primary\x18\x02 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12\x11\n\tpartition\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12!\n\x05\x66rame\x18\x06 \x01(\x0b\x32\x12.paramesh.v1.Frame\x12\x0c\n\x04slot\x18\x07 \x01(\t\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\":\n\x0fInstallResponse\x12\x13\n\x0b\x61pplied_lsn\x18\x01 \x01(\x04\x12\x12\n\nstate_hash\x18\x02 \x01(\x0c\"]\n\x0c\x46\x65nceRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x12\n\nclient_ids\x18\x03 \x03(\x04\"#\n\rFenceResponse\x12\x12\n\npartitions\x18\x01 \x01(\r\"i\n\x0c\x45victRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x11\n\tclient_id\x18\x03 \x01(\x04\x12\x0b\n\x03why\x18\x04 \x01(\t\"#\n\rEvictResponse\x12\x12\n\nwas_member\x18\x01 \x01(\x08\"\x99\x01\n\x14\x42\x65\x63omePrimaryRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x11\n\tpartition\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12$\n\x03isr\x18\x05 \x03(\x0b\x32\x17.paramesh.v1.ReplicaRef\"$\n\x15\x42\x65\x63omePrimaryResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04*\xf6\x01\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_PUSH\x10\x01\x12\x14\n\x10RECORD_KIND_NOOP\x10\x02\x12\x14\n\x10RECORD_KIND_STEP\x10\x03\x12\x16\n\x12RECORD_KIND_ASSIGN\x10\x04\x12\x15\n\x11RECORD_KIND_TABLE\x10\x05\x12\x16\n\x12RECORD_KIND_HPARAM\x10\x06\x12\x15\n\x11RECORD_KIND_FENCE\x10\x07\x12\x14\n\x10RECORD_KIND_MARK\x10\x08\x12\x15\n\x11RECORD_KIND_EPOCH\x10\t2\x9c\x01\n\x0bReplication\x12\x45\n\x06\x41ppend\x12\x1a.paramesh.v1.AppendRequest\x1a\x1b.paramesh.v1.AppendResponse(\x01\x30\x01\x12\x46\n\x07Install\x12\x1b.paramesh.v1.InstallRequest\x1a\x1c.paramesh.v1.InstallResponse(\x01\x32\xe7\x01\n\rServerControl\x12>\n\x05\x46\x65nce\x12\x19.paramesh.v1.FenceRequest\x1a\x1a.paramesh.v1.FenceResponse\x12>\n\x05\x45vict\x12\x19.paramesh.v1.EvictRequest\x1a\x1a.paramesh.v1.EvictResponse\x12V\n\rBecomePrimary\x12!.paramesh.v1.BecomePrimaryRequest\x1a\".paramesh.v1.BecomePrimaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dparamesh/v1/replication.proto\x12\x0bparamesh.v1\x1a\x17paramesh/v1/types.proto\"=\n\tFramePart\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\"\x9f\x01\n\x08PushBody\x12\x10\n\x08presence\x18\x01 \x01(\x0c\x12&\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x16.paramesh.v1.FramePart\x12,\n\x07\x63hanged\x18\x03 \x03(\x0b\x32\x1b.paramesh.v1.HyperParameter\x12\x0c\n\x04skip\x18\x04 \x01(\x08\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\";\n\x08NoopBody\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"T\n\x08StepBody\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.paramesh.v1.StepRecord\x12\x0f\n\x07present\x18\x02 \x01(\x0c\x12\x0e\n\x06summed\x18\x03 \x03(\x04\"Y\n\x08SlotPart\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\x0f\n\x07segment\x18\x02 \x01(\r\x12\x0e\n\x06scalar\x18\x03 \x01(\x08\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\"H\n\nAssignBody\x12$\n\x05parts\x18\x01 \x03(\x0b\x32\x15.paramesh.v1.SlotPart\x12\x14\n\x0cinit_attempt\x18\x02 \x01(\r\"\xf5\x02\n\tLogRecord\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.paramesh.v1.RecordKind\x12\x11\n\tclient_id\x18\x05 \x01(\x04\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x07\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12%\n\x04push\x18\n \x01(\x0b\x32\x15.paramesh.v1.PushBodyH\x00\x12%\n\x04noop\x18\x0b \x01(\x0b\x32\x15.paramesh.v1.NoopBodyH\x00\x12(\n\x07\x64\x65\x63ided\x18\x0c \x01(\x0b\x32\x15.paramesh.v1.StepBodyH\x00\x12)\n\x06\x61ssign\x18\r \x01(\x0b\x32\x17.paramesh.v1.AssignBodyH\x00\x12\x10\n\x06ledger\x18\x0e \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"\xbf\x02\n\x0c\x41ppendHeader\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12(\n\x07primary\x18\x02 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12)\n\x08\x66ollower\x18\x03 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12\x11\n\tpartition\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x14\n\x0cprevious_lsn\x18\x06 \x01(\x04\x12\x16\n\x0eprevious_epoch\x18\x07 \x01(\x04\x12\x12\n\ncommit_lsn\x18\x08 \x01(\x04\x12&\n\x06record\x18\t \x01(\x0b\x32\x16.paramesh.v1.LogRecord\x12!\n\x05\x66rame\x18\n \x01(\x0b\x32\x12.paramesh.v1.Frame\"K\n\rAppendRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.paramesh.v1.AppendHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x98\x01\n\x0e\x41ppendResponse\x12\x11\n\tpartition\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tacked_lsn\x18\x03 \x01(\x04\x12\x13\n\x0b\x61\x63ked_epoch\x18\x04 \x01(\x04\x12\x13\n\x0b\x61pplied_lsn\x18\x05 \x01(\x04\x12\'\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x18.paramesh.v1.ErrorDetail\"Z\n\rSequenceEntry\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\"\xc5\x01\n\x0c\x43lientMemory\x12\x11\n\tclient_id\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04\x12+\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1a.paramesh.v1.SequenceEntry\x12\x37\n\x07\x61ssigns\x18\x04 \x03(\x0b\x32&.paramesh.v1.ClientMemory.AssignsEntry\x1a.\n\x0c\x41ssignsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xad\x02\n\x0cReplicaState\x12\x0b\n\x03lsn\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\r\n\x05group\x18\x04 \x01(\r\x12\x14\n\x0cinit_attempt\x18\x05 \x01(\r\x12\x0f\n\x07trained\x18\x06 \x01(\x08\x12-\n\x08settings\x18\x07 \x03(\x0b\x32\x1b.paramesh.v1.HyperParameter\x12*\n\x07\x63lients\x18\x08 \x03(\x0b\x32\x19.paramesh.v1.ClientMemory\x12\x16\n\x0e\x66\x65nced_through\x18\t \x01(\x04\x12\x0e\n\x06\x66\x65nced\x18\n \x03(\x04\x12\x0e\n\x06pushes\x18\x0b \x01(\x04\x12\x12\n\nduplicates\x18\x0c \x01(\x04\x12\x0e\n\x06ledger\x18\r \x01(\x0c\"\xaf\x02\n\rInstallHeader\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12(\n\x07primary\x18\x02 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12)\n\x08\x66ollower\x18\x03 \x01(\x0b\x32\x17.paramesh.v1.ReplicaRef\x12\x11\n\tpartition\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12(\n\x05state\x18\x06 \x01(\x0b\x32\x19.paramesh.v1.ReplicaState\x12\x0c\n\x04slot\x18\x07 \x01(\t\x12\x0f\n\x07segment\x18\x08 \x01(\r\x12\x0e\n\x06scalar\x18\t \x01(\x08\x12!\n\x05\x66rame\x18\n \x01(\x0b\x32\x12.paramesh.v1.Frame\"M\n\x0eInstallRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.InstallHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\":\n\x0fInstallResponse\x12\x13\n\x0b\x61pplied_lsn\x18\x01 \x01(\x04\x12\x12\n\nstate_hash\x18\x02 \x01(\x0c\"]\n\x0c\x46\x65nceRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x12\n\nclient_ids\x18\x03 \x03(\x04\"#\n\rFenceResponse\x12\x12\n\npartitions\x18\x01 \x01(\r\"i\n\x0c\x45victRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x11\n\tclient_id\x18\x03 \x01(\x04\x12\x0b\n\x03why\x18\x04 \x01(\t\"#\n\rEvictResponse\x12\x12\n\nwas_member\x18\x01 \x01(\x08\"\x99\x01\n\x14\x42\x65\x63omePrimaryRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.paramesh.v1.RequestHeader\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x11\n\tpartition\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12$\n\x03isr\x18\x05 \x03(\x0b\x32\x17.paramesh.v1.ReplicaRef\"$\n\x15\x42\x65\x63omePrimaryResponse\x12\x0b\n\x03lsn\x18\x01 \x01(\x04*\x8e\x02\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_PUSH\x10\x01\x12\x14\n\x10RECORD_KIND_NOOP\x10\x02\x12\x14\n\x10RECORD_KIND_STEP\x10\x03\x12\x16\n\x12RECORD_KIND_ASSIGN\x10\x04\x12\x15\n\x11RECORD_KIND_TABLE\x10\x05\x12\x16\n\x12RECORD_KIND_HPARAM\x10\x06\x12\x15\n\x11RECORD_KIND_FENCE\x10\x07\x12\x14\n\x10RECORD_KIND_MARK\x10\x08\x12\x15\n\x11RECORD_KIND_EPOCH\x10\t\x12\x16\n\x12RECORD_KIND_LEDGER\x10\n2\x9c\x01\n\x0bReplication\x12\x45\n\x06\x41ppend\x12\x1a.paramesh.v1.AppendRequest\x1a\x1b.paramesh.v1.AppendResponse(\x01\x30\x01\x12\x46\n\x07Install\x12\x1b.paramesh.v1.InstallRequest\x1a\x1c.paramesh.v1.InstallResponse(\x01\x32\xe7\x01\n\rServerControl\x12>\n\x05\x46\x65nce\x12\x19.paramesh.v1.FenceRequest\x1a\x1a.paramesh.v1.FenceResponse\x12>\n\x05\x45vict\x12\x19.paramesh.v1.EvictRequest\x1a\x1a.paramesh.v1.EvictResponse\x12V\n\rBecomePrimary\x12!.paramesh.v1.BecomePrimaryRequest\x1a\".paramesh.v1.BecomePrimaryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paramesh.v1.replication_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECORDKIND']._serialized_start=1375
-  _globals['_RECORDKIND']._serialized_end=1621
-  _globals['_LOGRECORD']._serialized_start=72
-  _globals['_LOGRECORD']._serialized_end=300
-  _globals['_APPENDREQUEST']._serialized_start=303
-  _globals['_APPENDREQUEST']._serialized_end=511
-  _globals['_APPENDRESPONSE']._serialized_start=513
-  _globals['_APPENDRESPONSE']._serialized_end=623
-  _globals['_INSTALLREQUEST']._serialized_start=626
-  _globals['_INSTALLREQUEST']._serialized_end=842
-  _globals['_INSTALLRESPONSE']._serialized_start=844
-  _globals['_INSTALLRESPONSE']._serialized_end=902
-  _globals['_FENCEREQUEST']._serialized_start=904
-  _globals['_FENCEREQUEST']._serialized_end=997
-  _globals['_FENCERESPONSE']._serialized_start=999
-  _globals['_FENCERESPONSE']._serialized_end=1034
-  _globals['_EVICTREQUEST']._serialized_start=1036
-  _globals['_EVICTREQUEST']._serialized_end=1141
-  _globals['_EVICTRESPONSE']._serialized_start=1143
-  _globals['_EVICTRESPONSE']._serialized_end=1178
-  _globals['_BECOMEPRIMARYREQUEST']._serialized_start=1181
-  _globals['_BECOMEPRIMARYREQUEST']._serialized_end=1334
-  _globals['_BECOMEPRIMARYRESPONSE']._serialized_start=1336
-  _globals['_BECOMEPRIMARYRESPONSE']._serialized_end=1372
-  _globals['_REPLICATION']._serialized_start=1624
-  _globals['_REPLICATION']._serialized_end=1780
-  _globals['_SERVERCONTROL']._serialized_start=1783
-  _globals['_SERVERCONTROL']._serialized_end=2014
+  _globals['_CLIENTMEMORY_ASSIGNSENTRY']._loaded_options = None
+  _globals['_CLIENTMEMORY_ASSIGNSENTRY']._serialized_options = b'8\001'
+  _globals['_RECORDKIND']._serialized_start=3050
+  _globals['_RECORDKIND']._serialized_end=3320
+  _globals['_FRAMEPART']._serialized_start=71
+  _globals['_FRAMEPART']._serialized_end=132
+  _globals['_PUSHBODY']._serialized_start=135
+  _globals['_PUSHBODY']._serialized_end=294
+  _globals['_NOOPBODY']._serialized_start=296
+  _globals['_NOOPBODY']._serialized_end=355
+  _globals['_STEPBODY']._serialized_start=357
+  _globals['_STEPBODY']._serialized_end=441
+  _globals['_SLOTPART']._serialized_start=443
+  _globals['_SLOTPART']._serialized_end=532
+  _globals['_ASSIGNBODY']._serialized_start=534
+  _globals['_ASSIGNBODY']._serialized_end=606
+  _globals['_LOGRECORD']._serialized_start=609
+  _globals['_LOGRECORD']._serialized_end=982
+  _globals['_APPENDHEADER']._serialized_start=985
+  _globals['_APPENDHEADER']._serialized_end=1304
+  _globals['_APPENDREQUEST']._serialized_start=1306
+  _globals['_APPENDREQUEST']._serialized_end=1381
+  _globals['_APPENDRESPONSE']._serialized_start=1384
+  _globals['_APPENDRESPONSE']._serialized_end=1536
+  _globals['_SEQUENCEENTRY']._serialized_start=1538
+  _globals['_SEQUENCEENTRY']._serialized_end=1628
+  _globals['_CLIENTMEMORY']._serialized_start=1631
+  _globals['_CLIENTMEMORY']._serialized_end=1828
+  _globals['_CLIENTMEMORY_ASSIGNSENTRY']._serialized_start=1782
+  _globals['_CLIENTMEMORY_ASSIGNSENTRY']._serialized_end=1828
+  _globals['_REPLICASTATE']._serialized_start=1831
+  _globals['_REPLICASTATE']._serialized_end=2132
+  _globals['_INSTALLHEADER']._serialized_start=2135
+  _globals['_INSTALLHEADER']._serialized_end=2438
+  _globals['_INSTALLREQUEST']._serialized_start=2440
+  _globals['_INSTALLREQUEST']._serialized_end=2517
+  _globals['_INSTALLRESPONSE']._serialized_start=2519
+  _globals['_INSTALLRESPONSE']._serialized_end=2577
+  _globals['_FENCEREQUEST']._serialized_start=2579
+  _globals['_FENCEREQUEST']._serialized_end=2672
+  _globals['_FENCERESPONSE']._serialized_start=2674
+  _globals['_FENCERESPONSE']._serialized_end=2709
+  _globals['_EVICTREQUEST']._serialized_start=2711
+  _globals['_EVICTREQUEST']._serialized_end=2816
+  _globals['_EVICTRESPONSE']._serialized_start=2818
+  _globals['_EVICTRESPONSE']._serialized_end=2853
+  _globals['_BECOMEPRIMARYREQUEST']._serialized_start=2856
+  _globals['_BECOMEPRIMARYREQUEST']._serialized_end=3009
+  _globals['_BECOMEPRIMARYRESPONSE']._serialized_start=3011
+  _globals['_BECOMEPRIMARYRESPONSE']._serialized_end=3047
+  _globals['_REPLICATION']._serialized_start=3323
+  _globals['_REPLICATION']._serialized_end=3479
+  _globals['_SERVERCONTROL']._serialized_start=3482
+  _globals['_SERVERCONTROL']._serialized_end=3713
 # @@protoc_insertion_point(module_scope)

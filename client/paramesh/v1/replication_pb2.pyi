@@ -38,6 +38,8 @@ class _RecordKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     RECORD_KIND_FENCE: _RecordKind.ValueType  # 7
     RECORD_KIND_MARK: _RecordKind.ValueType  # 8
     RECORD_KIND_EPOCH: _RecordKind.ValueType  # 9
+    RECORD_KIND_LEDGER: _RecordKind.ValueType  # 10
+    """RECORD_KIND_LEDGER is a record of the ledger's own kinds."""
 
 class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
     """RecordKind is what a log record does."""
@@ -52,11 +54,184 @@ RECORD_KIND_HPARAM: RecordKind.ValueType  # 6
 RECORD_KIND_FENCE: RecordKind.ValueType  # 7
 RECORD_KIND_MARK: RecordKind.ValueType  # 8
 RECORD_KIND_EPOCH: RecordKind.ValueType  # 9
+RECORD_KIND_LEDGER: RecordKind.ValueType  # 10
+"""RECORD_KIND_LEDGER is a record of the ledger's own kinds."""
 global___RecordKind = RecordKind
 
 @typing.final
+class FramePart(google.protobuf.message.Message):
+    """FramePart is one run of a record's payload, in the order of the payload's bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: builtins.int
+    LENGTH_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    offset: builtins.int
+    """offset and length are in the partition's flat layout, in bytes."""
+    length: builtins.int
+    checksum: builtins.int
+    """checksum is that of the frame as the client sent it."""
+    def __init__(
+        self,
+        *,
+        offset: builtins.int = ...,
+        length: builtins.int = ...,
+        checksum: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "length", b"length", "offset", b"offset"]) -> None: ...
+
+global___FramePart = FramePart
+
+@typing.final
+class PushBody(google.protobuf.message.Message):
+    """PushBody is a sequenced update; the payload is its frames, end to end."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRESENCE_FIELD_NUMBER: builtins.int
+    FRAMES_FIELD_NUMBER: builtins.int
+    CHANGED_FIELD_NUMBER: builtins.int
+    SKIP_FIELD_NUMBER: builtins.int
+    SCALE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    presence: builtins.bytes
+    """presence has one bit per segment, LSB first; empty: all present."""
+    skip: builtins.bool
+    """skip: nothing of it was applied."""
+    scale: builtins.float
+    """scale multiplies the gradient. Zero: 1."""
+    digest: builtins.bytes
+    """digest tells it from another push under the same number."""
+    @property
+    def frames(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___FramePart]: ...
+    @property
+    def changed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.HyperParameter]:
+        """changed are the settings of this table that came with it."""
+
+    def __init__(
+        self,
+        *,
+        presence: builtins.bytes = ...,
+        frames: collections.abc.Iterable[global___FramePart] | None = ...,
+        changed: collections.abc.Iterable[paramesh.v1.types_pb2.HyperParameter] | None = ...,
+        skip: builtins.bool = ...,
+        scale: builtins.float = ...,
+        digest: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changed", b"changed", "digest", b"digest", "frames", b"frames", "presence", b"presence", "scale", b"scale", "skip", b"skip"]) -> None: ...
+
+global___PushBody = PushBody
+
+@typing.final
+class NoopBody(google.protobuf.message.Message):
+    """NoopBody stands for a push that was refused and whose number is used up."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    message: builtins.str
+    digest: builtins.bytes
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+        digest: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "message", b"message", "reason", b"reason"]) -> None: ...
+
+global___NoopBody = NoopBody
+
+@typing.final
+class StepBody(google.protobuf.message.Message):
+    """StepBody is a decided step, summed by the primary; the payload is the sum, laid out as
+    the partition, without what is absent.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    PRESENT_FIELD_NUMBER: builtins.int
+    SUMMED_FIELD_NUMBER: builtins.int
+    present: builtins.bytes
+    """present has one bit per segment: some contributor had it. Empty with a skip."""
+    @property
+    def record(self) -> paramesh.v1.types_pb2.StepRecord: ...
+    @property
+    def summed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """summed names the contributors that were there, if a DEGRADED step went without some."""
+
+    def __init__(
+        self,
+        *,
+        record: paramesh.v1.types_pb2.StepRecord | None = ...,
+        present: builtins.bytes = ...,
+        summed: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["present", b"present", "record", b"record", "summed", b"summed"]) -> None: ...
+
+global___StepBody = StepBody
+
+@typing.final
+class SlotPart(google.protobuf.message.Message):
+    """SlotPart is one write of an assign, in the order of the payload's bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: builtins.int
+    SEGMENT_FIELD_NUMBER: builtins.int
+    SCALAR_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    LENGTH_FIELD_NUMBER: builtins.int
+    slot: builtins.str
+    segment: builtins.int
+    scalar: builtins.bool
+    offset: builtins.int
+    length: builtins.int
+    def __init__(
+        self,
+        *,
+        slot: builtins.str = ...,
+        segment: builtins.int = ...,
+        scalar: builtins.bool = ...,
+        offset: builtins.int = ...,
+        length: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["length", b"length", "offset", b"offset", "scalar", b"scalar", "segment", b"segment", "slot", b"slot"]) -> None: ...
+
+global___SlotPart = SlotPart
+
+@typing.final
+class AssignBody(google.protobuf.message.Message):
+    """AssignBody is a write from outside; the payload is its parts, end to end."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: builtins.int
+    INIT_ATTEMPT_FIELD_NUMBER: builtins.int
+    init_attempt: builtins.int
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SlotPart]: ...
+    def __init__(
+        self,
+        *,
+        parts: collections.abc.Iterable[global___SlotPart] | None = ...,
+        init_attempt: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["init_attempt", b"init_attempt", "parts", b"parts"]) -> None: ...
+
+global___AssignBody = AssignBody
+
+@typing.final
 class LogRecord(google.protobuf.message.Message):
-    """LogRecord is one entry of a partition's log."""
+    """LogRecord is one entry of a partition's log. Applying it reads nothing but it and the
+    state, so that equal prefixes are equal bits.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -68,10 +243,15 @@ class LogRecord(google.protobuf.message.Message):
     SEQ_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     CHECKSUM_FIELD_NUMBER: builtins.int
-    CHECKSUM_KIND_FIELD_NUMBER: builtins.int
-    PAYLOAD_FIELD_NUMBER: builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
+    PUSH_FIELD_NUMBER: builtins.int
+    NOOP_FIELD_NUMBER: builtins.int
+    DECIDED_FIELD_NUMBER: builtins.int
+    ASSIGN_FIELD_NUMBER: builtins.int
+    LEDGER_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
+    """epoch is the one it was appended under; it keeps it for ever."""
     lsn: builtins.int
     """lsn is contiguous from 1."""
     kind: global___RecordKind.ValueType
@@ -79,9 +259,19 @@ class LogRecord(google.protobuf.message.Message):
     seq: builtins.int
     step: builtins.int
     checksum: builtins.int
-    checksum_kind: paramesh.v1.types_pb2.ChecksumKind.ValueType
-    payload: builtins.bytes
-    """payload is the record's bytes, by kind; last on the wire."""
+    """checksum is crc32 over what the record was made from, for comparing replicas."""
+    payload_bytes: builtins.int
+    """payload_bytes is the length of the payload that follows in frames. Zero: none."""
+    ledger: builtins.bytes
+    """ledger is a record of the ledger's own kinds, in its own coding."""
+    @property
+    def push(self) -> global___PushBody: ...
+    @property
+    def noop(self) -> global___NoopBody: ...
+    @property
+    def decided(self) -> global___StepBody: ...
+    @property
+    def assign(self) -> global___AssignBody: ...
     def __init__(
         self,
         *,
@@ -93,64 +283,124 @@ class LogRecord(google.protobuf.message.Message):
         seq: builtins.int = ...,
         step: builtins.int = ...,
         checksum: builtins.int = ...,
-        checksum_kind: paramesh.v1.types_pb2.ChecksumKind.ValueType = ...,
-        payload: builtins.bytes = ...,
+        payload_bytes: builtins.int = ...,
+        push: global___PushBody | None = ...,
+        noop: global___NoopBody | None = ...,
+        decided: global___StepBody | None = ...,
+        assign: global___AssignBody | None = ...,
+        ledger: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "checksum_kind", b"checksum_kind", "client_id", b"client_id", "epoch", b"epoch", "kind", b"kind", "lsn", b"lsn", "partition", b"partition", "payload", b"payload", "seq", b"seq", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["assign", b"assign", "body", b"body", "decided", b"decided", "ledger", b"ledger", "noop", b"noop", "push", b"push"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["assign", b"assign", "body", b"body", "checksum", b"checksum", "client_id", b"client_id", "decided", b"decided", "epoch", b"epoch", "kind", b"kind", "ledger", b"ledger", "lsn", b"lsn", "noop", b"noop", "partition", b"partition", "payload_bytes", b"payload_bytes", "push", b"push", "seq", b"seq", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["push", "noop", "decided", "assign", "ledger"] | None: ...
 
 global___LogRecord = LogRecord
 
 @typing.final
-class AppendRequest(google.protobuf.message.Message):
-    """AppendRequest is one record with the identity of the one before."""
+class AppendHeader(google.protobuf.message.Message):
+    """AppendHeader says which record a frame is of, and what comes before it."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: builtins.int
     PRIMARY_FIELD_NUMBER: builtins.int
+    FOLLOWER_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
     PREVIOUS_LSN_FIELD_NUMBER: builtins.int
     PREVIOUS_EPOCH_FIELD_NUMBER: builtins.int
     COMMIT_LSN_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    epoch: builtins.int
+    """epoch is the sender's. STALE_EPOCH if a higher one was promised."""
     previous_lsn: builtins.int
+    """previous_lsn and previous_epoch are of the record before. Zero: none is before."""
     previous_epoch: builtins.int
     commit_lsn: builtins.int
+    """commit_lsn is committed: it may be applied."""
     @property
-    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader:
+        """request, primary and follower are on the first message of a stream, which brings no
+        record: the answer to it says where the follower is.
+        """
+
     @property
     def primary(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
     @property
-    def record(self) -> global___LogRecord: ...
+    def follower(self) -> paramesh.v1.types_pb2.ReplicaRef:
+        """follower is whom it is meant for: another incarnation at that address refuses."""
+
+    @property
+    def record(self) -> global___LogRecord:
+        """record is on its first frame only. Without one this is a notice of commit_lsn."""
+
+    @property
+    def frame(self) -> paramesh.v1.types_pb2.Frame:
+        """frame is of the record's payload: offset and length in the payload, last on its end."""
+
     def __init__(
         self,
         *,
         request: paramesh.v1.types_pb2.RequestHeader | None = ...,
         primary: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        follower: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        partition: builtins.int = ...,
+        epoch: builtins.int = ...,
         previous_lsn: builtins.int = ...,
         previous_epoch: builtins.int = ...,
         commit_lsn: builtins.int = ...,
         record: global___LogRecord | None = ...,
+        frame: paramesh.v1.types_pb2.Frame | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["primary", b"primary", "record", b"record", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commit_lsn", b"commit_lsn", "previous_epoch", b"previous_epoch", "previous_lsn", b"previous_lsn", "primary", b"primary", "record", b"record", "request", b"request"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["follower", b"follower", "frame", b"frame", "primary", b"primary", "record", b"record", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["commit_lsn", b"commit_lsn", "epoch", b"epoch", "follower", b"follower", "frame", b"frame", "partition", b"partition", "previous_epoch", b"previous_epoch", "previous_lsn", b"previous_lsn", "primary", b"primary", "record", b"record", "request", b"request"]) -> None: ...
+
+global___AppendHeader = AppendHeader
+
+@typing.final
+class AppendRequest(google.protobuf.message.Message):
+    """AppendRequest is one frame of a record."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    payload: builtins.bytes
+    @property
+    def header(self) -> global___AppendHeader: ...
+    def __init__(
+        self,
+        *,
+        header: global___AppendHeader | None = ...,
+        payload: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "payload", b"payload"]) -> None: ...
 
 global___AppendRequest = AppendRequest
 
 @typing.final
 class AppendResponse(google.protobuf.message.Message):
-    """AppendResponse acknowledges a prefix, or asks for an earlier record."""
+    """AppendResponse acknowledges a prefix, or says why not."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PARTITION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     ACKED_LSN_FIELD_NUMBER: builtins.int
+    ACKED_EPOCH_FIELD_NUMBER: builtins.int
+    APPLIED_LSN_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     """epoch is the follower's promised one; higher than the sender's: step down."""
     acked_lsn: builtins.int
-    """acked_lsn is in the follower's memory."""
+    """acked_lsn is in the follower's memory; acked_epoch is that record's."""
+    acked_epoch: builtins.int
+    applied_lsn: builtins.int
+    """applied_lsn is where its state is."""
     @property
     def error(self) -> paramesh.v1.types_pb2.ErrorDetail: ...
     def __init__(
@@ -159,36 +409,181 @@ class AppendResponse(google.protobuf.message.Message):
         partition: builtins.int = ...,
         epoch: builtins.int = ...,
         acked_lsn: builtins.int = ...,
+        acked_epoch: builtins.int = ...,
+        applied_lsn: builtins.int = ...,
         error: paramesh.v1.types_pb2.ErrorDetail | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acked_lsn", b"acked_lsn", "epoch", b"epoch", "error", b"error", "partition", b"partition"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acked_epoch", b"acked_epoch", "acked_lsn", b"acked_lsn", "applied_lsn", b"applied_lsn", "epoch", b"epoch", "error", b"error", "partition", b"partition"]) -> None: ...
 
 global___AppendResponse = AppendResponse
 
 @typing.final
-class InstallRequest(google.protobuf.message.Message):
-    """InstallRequest is one frame of a snapshot."""
+class SequenceEntry(google.protobuf.message.Message):
+    """SequenceEntry is one applied push that a client may repeat."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: builtins.int
+    LSN_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    seq: builtins.int
+    lsn: builtins.int
+    digest: builtins.bytes
+    reason: builtins.str
+    """reason and message are set if it was refused and a NOOP took its place."""
+    message: builtins.str
+    def __init__(
+        self,
+        *,
+        seq: builtins.int = ...,
+        lsn: builtins.int = ...,
+        digest: builtins.bytes = ...,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "lsn", b"lsn", "message", b"message", "reason", b"reason", "seq", b"seq"]) -> None: ...
+
+global___SequenceEntry = SequenceEntry
+
+@typing.final
+class ClientMemory(google.protobuf.message.Message):
+    """ClientMemory is what a partition remembers of one client."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AssignsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    CLIENT_ID_FIELD_NUMBER: builtins.int
+    LAST_FIELD_NUMBER: builtins.int
+    ENTRIES_FIELD_NUMBER: builtins.int
+    ASSIGNS_FIELD_NUMBER: builtins.int
+    client_id: builtins.int
+    last: builtins.int
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SequenceEntry]: ...
+    @property
+    def assigns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.int]:
+        """assigns are assign id -> lsn."""
+
+    def __init__(
+        self,
+        *,
+        client_id: builtins.int = ...,
+        last: builtins.int = ...,
+        entries: collections.abc.Iterable[global___SequenceEntry] | None = ...,
+        assigns: collections.abc.Mapping[builtins.int, builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assigns", b"assigns", "client_id", b"client_id", "entries", b"entries", "last", b"last"]) -> None: ...
+
+global___ClientMemory = ClientMemory
+
+@typing.final
+class ReplicaState(google.protobuf.message.Message):
+    """ReplicaState is a cut of a partition but for its tensors, which follow as frames."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LSN_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    APPLIED_STEP_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    INIT_ATTEMPT_FIELD_NUMBER: builtins.int
+    TRAINED_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    CLIENTS_FIELD_NUMBER: builtins.int
+    FENCED_THROUGH_FIELD_NUMBER: builtins.int
+    FENCED_FIELD_NUMBER: builtins.int
+    PUSHES_FIELD_NUMBER: builtins.int
+    DUPLICATES_FIELD_NUMBER: builtins.int
+    LEDGER_FIELD_NUMBER: builtins.int
+    lsn: builtins.int
+    epoch: builtins.int
+    """epoch is that of the record at lsn."""
+    applied_step: builtins.int
+    group: builtins.int
+    init_attempt: builtins.int
+    trained: builtins.bool
+    fenced_through: builtins.int
+    pushes: builtins.int
+    duplicates: builtins.int
+    ledger: builtins.bytes
+    """ledger is the ledger's whole state, in its own coding; set for partition 0 only."""
+    @property
+    def settings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.HyperParameter]: ...
+    @property
+    def clients(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClientMemory]: ...
+    @property
+    def fenced(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        lsn: builtins.int = ...,
+        epoch: builtins.int = ...,
+        applied_step: builtins.int = ...,
+        group: builtins.int = ...,
+        init_attempt: builtins.int = ...,
+        trained: builtins.bool = ...,
+        settings: collections.abc.Iterable[paramesh.v1.types_pb2.HyperParameter] | None = ...,
+        clients: collections.abc.Iterable[global___ClientMemory] | None = ...,
+        fenced_through: builtins.int = ...,
+        fenced: collections.abc.Iterable[builtins.int] | None = ...,
+        pushes: builtins.int = ...,
+        duplicates: builtins.int = ...,
+        ledger: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "clients", b"clients", "duplicates", b"duplicates", "epoch", b"epoch", "fenced", b"fenced", "fenced_through", b"fenced_through", "group", b"group", "init_attempt", b"init_attempt", "ledger", b"ledger", "lsn", b"lsn", "pushes", b"pushes", "settings", b"settings", "trained", b"trained"]) -> None: ...
+
+global___ReplicaState = ReplicaState
+
+@typing.final
+class InstallHeader(google.protobuf.message.Message):
+    """InstallHeader is one frame of a snapshot."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: builtins.int
     PRIMARY_FIELD_NUMBER: builtins.int
+    FOLLOWER_FIELD_NUMBER: builtins.int
     PARTITION_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
-    LSN_FIELD_NUMBER: builtins.int
-    FRAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     SLOT_FIELD_NUMBER: builtins.int
-    PAYLOAD_FIELD_NUMBER: builtins.int
+    SEGMENT_FIELD_NUMBER: builtins.int
+    SCALAR_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
-    lsn: builtins.int
     slot: builtins.str
-    payload: builtins.bytes
+    """slot is "" for values, else the name of an optimizer state."""
+    segment: builtins.int
+    scalar: builtins.bool
     @property
-    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader:
+        """request, primary, follower, partition, epoch and state are on the first message."""
+
     @property
     def primary(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def follower(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def state(self) -> global___ReplicaState: ...
     @property
     def frame(self) -> paramesh.v1.types_pb2.Frame: ...
     def __init__(
@@ -196,15 +591,39 @@ class InstallRequest(google.protobuf.message.Message):
         *,
         request: paramesh.v1.types_pb2.RequestHeader | None = ...,
         primary: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        follower: paramesh.v1.types_pb2.ReplicaRef | None = ...,
         partition: builtins.int = ...,
         epoch: builtins.int = ...,
-        lsn: builtins.int = ...,
-        frame: paramesh.v1.types_pb2.Frame | None = ...,
+        state: global___ReplicaState | None = ...,
         slot: builtins.str = ...,
+        segment: builtins.int = ...,
+        scalar: builtins.bool = ...,
+        frame: paramesh.v1.types_pb2.Frame | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["follower", b"follower", "frame", b"frame", "primary", b"primary", "request", b"request", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "follower", b"follower", "frame", b"frame", "partition", b"partition", "primary", b"primary", "request", b"request", "scalar", b"scalar", "segment", b"segment", "slot", b"slot", "state", b"state"]) -> None: ...
+
+global___InstallHeader = InstallHeader
+
+@typing.final
+class InstallRequest(google.protobuf.message.Message):
+    """InstallRequest is one frame of a snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    payload: builtins.bytes
+    @property
+    def header(self) -> global___InstallHeader: ...
+    def __init__(
+        self,
+        *,
+        header: global___InstallHeader | None = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["frame", b"frame", "primary", b"primary", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "frame", b"frame", "lsn", b"lsn", "partition", b"partition", "payload", b"payload", "primary", b"primary", "request", b"request", "slot", b"slot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "payload", b"payload"]) -> None: ...
 
 global___InstallRequest = InstallRequest
 

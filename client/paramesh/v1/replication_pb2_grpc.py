@@ -29,7 +29,7 @@ class ReplicationStub(object):
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     def __init__(self, channel):
@@ -54,7 +54,7 @@ class ReplicationServicer(object):
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     def Append(self, request_iterator, context):
@@ -96,7 +96,7 @@ class Replication(object):
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     @staticmethod
@@ -204,7 +204,7 @@ class ServerControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BecomePrimary(self, request, context):
-        """BecomePrimary orders a promotion. Not served yet: UNIMPLEMENTED.
+        """BecomePrimary orders a promotion. Not served: the map is the order (decision 0005).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,7 +23,7 @@ class ReplicationStub:
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -43,7 +43,7 @@ class ReplicationAsyncStub:
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     Append: grpc.aio.StreamStreamMultiCallable[
@@ -62,7 +62,7 @@ class ReplicationServicer(metaclass=abc.ABCMeta):
     """Replication carries a partition's log to its followers.
 
     Called by: the partition's primary, inside the cluster. A restarted follower is a new
-    incarnation and catches up as a learner. Not served yet: UNIMPLEMENTED.
+    incarnation and catches up as a learner.
     """
 
     @abc.abstractmethod
@@ -106,7 +106,7 @@ class ServerControlStub:
         paramesh.v1.replication_pb2.BecomePrimaryRequest,
         paramesh.v1.replication_pb2.BecomePrimaryResponse,
     ]
-    """BecomePrimary orders a promotion. Not served yet: UNIMPLEMENTED."""
+    """BecomePrimary orders a promotion. Not served: the map is the order (decision 0005)."""
 
 class ServerControlAsyncStub:
     """ServerControl is how the coordinator acts on a server.
@@ -130,7 +130,7 @@ class ServerControlAsyncStub:
         paramesh.v1.replication_pb2.BecomePrimaryRequest,
         paramesh.v1.replication_pb2.BecomePrimaryResponse,
     ]
-    """BecomePrimary orders a promotion. Not served yet: UNIMPLEMENTED."""
+    """BecomePrimary orders a promotion. Not served: the map is the order (decision 0005)."""
 
 class ServerControlServicer(metaclass=abc.ABCMeta):
     """ServerControl is how the coordinator acts on a server.
@@ -160,6 +160,6 @@ class ServerControlServicer(metaclass=abc.ABCMeta):
         request: paramesh.v1.replication_pb2.BecomePrimaryRequest,
         context: _ServicerContext,
     ) -> typing.Union[paramesh.v1.replication_pb2.BecomePrimaryResponse, collections.abc.Awaitable[paramesh.v1.replication_pb2.BecomePrimaryResponse]]:
-        """BecomePrimary orders a promotion. Not served yet: UNIMPLEMENTED."""
+        """BecomePrimary orders a promotion. Not served: the map is the order (decision 0005)."""
 
 def add_ServerControlServicer_to_server(servicer: ServerControlServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -463,6 +463,7 @@ class Partition(google.protobuf.message.Message):
     ISR_FIELD_NUMBER: builtins.int
     LEARNERS_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     id: builtins.int
     """id is the partition's number in the job; 0 is the ledger."""
     table_id: builtins.int
@@ -472,6 +473,10 @@ class Partition(google.protobuf.message.Message):
     epoch: builtins.int
     """epoch counts changes of primary, from 1."""
     state: global___PartitionState.ValueType
+    version: builtins.int
+    """version is that of the map in which this row last changed: the token that a change of
+    the in-sync set is compared with.
+    """
     @property
     def primary(self) -> global___ReplicaRef:
         """primary is who acknowledges under this epoch; absent while OFFLINE and unknown."""
@@ -495,9 +500,10 @@ class Partition(google.protobuf.message.Message):
         isr: collections.abc.Iterable[global___ReplicaRef] | None = ...,
         learners: collections.abc.Iterable[global___ReplicaRef] | None = ...,
         state: global___PartitionState.ValueType = ...,
+        version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["primary", b"primary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "id", b"id", "index", b"index", "isr", b"isr", "learners", b"learners", "primary", b"primary", "state", b"state", "table_id", b"table_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "id", b"id", "index", b"index", "isr", b"isr", "learners", b"learners", "primary", b"primary", "state", b"state", "table_id", b"table_id", "version", b"version"]) -> None: ...
 
 global___Partition = Partition
 
