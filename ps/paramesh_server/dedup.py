@@ -11,10 +11,12 @@ record that it is about, so it is wherever the record's effect is.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paramesh.errors import ParameshError, refuse
+from paramesh.v1 import replication_pb2 as rp
 
 WINDOW = 5
 """Pushes a client may have in flight per partition. More hides no more latency at 2-3
@@ -24,8 +26,17 @@ ASSIGN_WINDOW = 64
 """Assigns of a client that are remembered. A client waits for each, so two would do; a
 wide window costs a few bytes and forgives a tool that pipelines."""
 
-Digest = tuple[object, ...]
-"""What tells two pushes apart: presence, options and the frames' checksums."""
+Digest = bytes
+"""What tells two pushes apart: presence, options and the frames' checksums, folded."""
+
+
+def fold(*parts: object) -> Digest:
+    """The digest of what a push was made of: the same on every replica.
+
+    Args:
+        parts: numbers, bytes, strings and tuples of them: what `repr` writes alike everywhere.
+    """
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 class Verdict(enum.Enum):
@@ -155,6 +166,38 @@ class Dedup:
             self._fenced_through += 1
             self._fenced.remove(self._fenced_through)
         return True
+
+    def capture(self, into: rp.ReplicaState) -> None:
+        """Write everything that is remembered into a snapshot."""
+        for client in sorted({*self._clients, *self._assigns}):
+            memory = into.clients.add(client_id=client)
+            known = self._clients.get(client)
+            if known is not None:
+                memory.last = known.last
+                for seq, entry in sorted(known.entries.items()):
+                    reason, message = entry.refused or ("", "")
+                    memory.entries.add(seq=seq, lsn=entry.lsn, digest=entry.digest, reason=reason, message=message)
+            for assign_id, lsn in self._assigns.get(client, {}).items():
+                memory.assigns[assign_id] = lsn
+        into.fenced_through = self._fenced_through
+        into.fenced.extend(sorted(self._fenced))
+
+    @classmethod
+    def restored(cls, state: rp.ReplicaState) -> Dedup:
+        """What a snapshot remembers; the inverse of `capture`."""
+        dedup = cls()
+        for memory in state.clients:
+            if memory.last:
+                known = dedup._clients[memory.client_id] = _Client()
+                known.last = memory.last
+                for entry in memory.entries:
+                    refused = (entry.reason, entry.message) if entry.reason else None
+                    known.entries[entry.seq] = Entry(entry.digest, entry.lsn, refused)
+            if memory.assigns:
+                dedup._assigns[memory.client_id] = dict(sorted(memory.assigns.items()))
+        dedup._fenced_through = state.fenced_through
+        dedup._fenced = set(state.fenced)
+        return dedup
 
     def canonical(self) -> Iterator[bytes]:
         """The state in one fixed order, for hashing."""

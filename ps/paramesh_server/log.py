@@ -1,20 +1,33 @@
-"""A partition's log: contiguous record headers, the newest few kept. Pure.
+"""A partition's log: contiguous records, the newest few kept. Pure.
 
     header = log.append(RECORD_KIND_STEP, epoch=1, step=7)
     log.lsn                     # the number of the last record
+    log.after(lsn)              # records with their payloads, or None: out of reach
 
-With one replica the log keeps headers only (nobody reads the payloads again), in a ring,
-so that people and tests can see what a partition did last and memory stays bounded.
+Headers are kept in a ring, so that people and tests can see what a partition did last.
+Payloads are kept only while `replicated`: until every in-sync replica has them, and a little
+longer, so that a follower that was away for a moment need not fetch a snapshot.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from paramesh.framing import Buffer
+from paramesh.v1 import replication_pb2 as rp
 
 RING = 1024
 """Headers kept. About 100 bytes each, so 100 KB a partition; enough to cover the 256
 records that a follower may lag, four times over."""
+
+KEPT_RECORDS = 256
+"""Records kept with their payloads although every in-sync replica has them."""
+
+KEPT_BYTES = 16 << 20
+"""Payload bytes kept so: half a large partition; beyond that a snapshot is hardly more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +50,174 @@ class RecordHeader:
     """crc32 over what the record was made from, for comparing replicas."""
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record with everything that applying it needs."""
+
+    header: RecordHeader
+    body: rp.LogRecord
+    """The record as it travels, but for its payload."""
+    payload: tuple[Buffer, ...] = ()
+    """Its bytes, laid end to end. Never changed: followers may still be reading."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return self.body.payload_bytes
+
+
+class Position(NamedTuple):
+    """A place in a log: two logs that agree on it agree on everything before."""
+
+    lsn: int
+    epoch: int
+
+
+START = Position(0, 0)
+"""Before the first record."""
+
+
 class Log:
-    """The headers of one partition's records, in order, without gaps."""
+    """One partition's records, in order, without gaps."""
 
     def __init__(self, keep: int = RING) -> None:
+        self._replicated = False
         self._ring: deque[RecordHeader] = deque(maxlen=keep)
-        self._lsn = 0
+        self._base = START
+        """Where the ring began: a snapshot's place, or the start."""
+        self._records: deque[Record] = deque()
+        self._bytes = 0
+        self._last = START
 
     @property
     def lsn(self) -> int:
         """The number of the last record; 0 when there is none."""
-        return self._lsn
+        return self._last.lsn
+
+    @property
+    def last(self) -> Position:
+        """The last record's number and epoch."""
+        return self._last
+
+    @property
+    def replicated(self) -> bool:
+        """Whether payloads are kept for followers."""
+        return self._replicated
+
+    @replicated.setter
+    def replicated(self, on: bool) -> None:
+        self._replicated = on
+        if not on:
+            self._records.clear()
+            self._bytes = 0
 
     def append(
-        self, kind: int, *, epoch: int, client_id: int = 0, seq: int = 0, step: int = 0, checksum: int = 0
+        self,
+        kind: int,
+        *,
+        epoch: int,
+        client_id: int = 0,
+        seq: int = 0,
+        step: int = 0,
+        checksum: int = 0,
+        body: rp.LogRecord | None = None,
+        payload: Sequence[Buffer] = (),
     ) -> RecordHeader:
-        """Append a record under the next number."""
-        self._lsn += 1
-        header = RecordHeader(epoch, self._lsn, kind, client_id, seq, step, checksum)
-        self._ring.append(header)
+        """Append a record under the next number.
+
+        Args:
+            kind: a `RecordKind`.
+            epoch: the appending primary's.
+            client_id: who caused it.
+            seq: its sequence number or assign id.
+            step: the step that it decided.
+            checksum: crc32 over what it was made from.
+            body: what its kind needs beyond that; taken over and completed.
+            payload: its bytes; kept as they are, so they must not change any more.
+        """
+        header = RecordHeader(epoch, self.lsn + 1, kind, client_id, seq, step, checksum)
+        if self._replicated:
+            self._keep(_complete(header, body, payload))
+        self._take(header)
         return header
+
+    def adopt(self, record: Record) -> RecordHeader:
+        """Append a record that a primary has numbered.
+
+        Raises:
+            ValueError: its number is not the next one.
+        """
+        if record.header.lsn != self.lsn + 1:
+            raise ValueError(f"record {record.header.lsn} does not follow {self.lsn}")
+        if self._replicated:
+            self._keep(record)
+        self._take(record.header)
+        return record.header
+
+    def _take(self, header: RecordHeader) -> None:
+        self._ring.append(header)
+        self._last = Position(header.lsn, header.epoch)
+
+    def _keep(self, record: Record) -> None:
+        self._records.append(record)
+        self._bytes += record.nbytes
+
+    def trim(self, held: int) -> None:
+        """Let go of payloads up to `held`, which every in-sync replica has, beyond what is kept anyway."""
+        while self._records and self._records[0].header.lsn <= held and self._too_much():
+            self._bytes -= self._records.popleft().nbytes
+
+    def _too_much(self) -> bool:
+        return len(self._records) > KEPT_RECORDS or self._bytes > KEPT_BYTES
+
+    def after(self, lsn: int) -> list[Record] | None:
+        """Records with a number above `lsn`, oldest first; None if some are not kept any more."""
+        if lsn >= self.lsn:
+            return [] if lsn == self.lsn else None
+        first = self._records[0].header.lsn if self._records else self.lsn + 1
+        if lsn + 1 < first:
+            return None
+        skip = lsn + 1 - first
+        return [self._records[i] for i in range(skip, len(self._records))]
+
+    def holds(self, at: Position) -> bool:
+        """Whether this log has a record of that number and epoch; so it agrees up to there."""
+        if at in (self._base, self._last):
+            return True
+        if not self._ring or not self._ring[0].lsn <= at.lsn <= self.lsn:
+            return False
+        return self._ring[at.lsn - self._ring[0].lsn].epoch == at.epoch
+
+    def before(self, lsn: int) -> Position:
+        """The place before a record that `after` returned."""
+        if lsn - 1 == self._base.lsn:
+            return self._base
+        header = self._ring[lsn - 1 - self._ring[0].lsn]
+        return Position(header.lsn, header.epoch)
+
+    def reset(self, at: Position) -> None:
+        """Begin anew at a snapshot's place."""
+        self._ring.clear()
+        self._records.clear()
+        self._bytes = 0
+        self._base = self._last = at
 
     def tail(self, after: int = 0) -> tuple[RecordHeader, ...]:
         """The kept headers with a number above `after`, oldest first."""
         return tuple(header for header in self._ring if header.lsn > after)
+
+
+def _complete(header: RecordHeader, body: rp.LogRecord | None, payload: Sequence[Buffer]) -> Record:
+    body = body if body is not None else rp.LogRecord()
+    body.epoch, body.lsn, body.kind = header.epoch, header.lsn, rp.RecordKind.ValueType(header.kind)
+    body.client_id, body.seq, body.step, body.checksum = header.client_id, header.seq, header.step, header.checksum
+    body.payload_bytes = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in payload)
+    return Record(header, body, tuple(payload))
+
+
+def record_of(body: rp.LogRecord, payload: Sequence[Buffer]) -> Record:
+    """A record as it was received."""
+    header = RecordHeader(
+        body.epoch, body.lsn, body.kind, body.client_id, body.seq, body.step, body.checksum
+    )
+    return Record(header, body, tuple(payload))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from paramesh import hyper
@@ -26,12 +26,23 @@ from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.aggregate import Part, Reduction, Workspace, flat_views, squared_norm, sum_parts
 from paramesh_server.decisions import check_record, parts_of, reduction_of
-from paramesh_server.dedup import Dedup, Digest, Entry, Verdict
-from paramesh_server.log import Log
+from paramesh_server.dedup import Dedup, Digest, Entry, Verdict, fold
+from paramesh_server.log import Log, Position, Record, RecordHeader
 from paramesh_server.optimizer import PartitionOptimizer, Setting
+from paramesh_server.records import (
+    Made,
+    assign_body,
+    noop_body,
+    push_body,
+    read_assign,
+    read_noop,
+    read_push,
+    read_step,
+    step_body,
+)
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.staging import Budget, Contribution, Staging
-from paramesh_server.writes import Plan, SlotBytes, SlotFrame, cut_slots, plan_writes, tensor_bytes
+from paramesh_server.writes import SlotBytes, SlotFrame, cut_slots, plan_writes, tensor_bytes
 
 
 class Partition:
@@ -115,7 +126,7 @@ class Partition:
         """Take a higher epoch: requests routed by the older map are refused from now on."""
         if epoch > self.epoch:
             self.epoch = epoch
-            self.log.append(rp.RECORD_KIND_EPOCH, epoch=epoch)
+            self._append(rp.RECORD_KIND_EPOCH)
 
     def check_ready(self) -> None:
         """Refuse while there are no values, or none that can be trusted.
@@ -198,23 +209,41 @@ class Partition:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
         parts = [] if record.skip else parts_of(record, self.id, self.staging)
-        self._train(settings, parts, reduction_of(record))  # from here on nothing refuses
+        summed = self._train(settings, parts, reduction_of(record), keep=self.log.replicated)  # from here on nothing refuses
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
-        self.log.append(rp.RECORD_KIND_STEP, epoch=self.epoch, step=record.step, checksum=checksum)
+        made = self._made(lambda: step_body(record, *summed))
+        self._append(rp.RECORD_KIND_STEP, made, step=record.step, checksum=checksum)
+        self._stepped(record)
+
+    def _stepped(self, record: pb.StepRecord) -> None:
         self._group, self._norm = record.group, None
         self.applied_step = record.step + 1
         self.staging.drop_through(record.group, record.step)
 
-    def _train(self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction) -> None:
-        """Sum and step; without parts only the settings change."""
+    def _train(
+        self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction, *, keep: bool = False
+    ) -> tuple[list[bool] | None, torch.Tensor | None]:
+        """Sum and step; without parts only the settings change.
+
+        Returns:
+            Which segments were present, and with `keep` a copy of the sum's bytes.
+        """
         with self._workspace.borrow(self.layout) as gradient:
             present = sum_parts(self.layout, parts, reduction, gradient)
-            # Until the step is whole: memory that ran out in its middle leaves no state to serve.
-            self._torn = True
-            self.optimizer.configure(settings)
-            if parts:
-                self.optimizer.step(gradient.views, present)
-            self._torn = False
+            # The one copy that replication costs the primary: the sum's memory is used again.
+            total = gradient.flat[: self.layout.nbytes].clone() if parts and keep else None
+            self._step(settings, gradient.views, present if parts else None)
+        return (present if parts else None), total
+
+    def _step(
+        self, settings: dict[str, Setting], gradients: Sequence[torch.Tensor], present: Sequence[bool] | None
+    ) -> None:
+        # Until the step is whole: memory that ran out in its middle leaves no state to serve.
+        self._torn = True
+        self.optimizer.configure(settings)
+        if present is not None:
+            self.optimizer.step(gradients, present)
+        self._torn = False
         self._trained = True
 
     def _changed(self, changes: Iterable[pb.TableHyperParameters]) -> dict[str, Setting]:
@@ -279,7 +308,9 @@ class Partition:
         """
         self.check_ready()
         digest: Digest = (
-            (contribution.reason, str(contribution)) if isinstance(contribution, ParameshError) else contribution.digest
+            fold(contribution.reason, str(contribution))
+            if isinstance(contribution, ParameshError)
+            else contribution.digest
         )
         verdict = self.dedup.admit(client, update.seq, digest)
         if verdict is Verdict.HOLD:
@@ -291,16 +322,29 @@ class Partition:
                 raise contribution
             self._apply_update(update, contribution)
         except ParameshError as error:
-            header = self.log.append(rp.RECORD_KIND_NOOP, epoch=self.epoch, client_id=client, seq=update.seq)
+            made = self._made(lambda: noop_body(digest, error.reason, str(error)))
+            header = self._append(rp.RECORD_KIND_NOOP, made, client_id=client, seq=update.seq)
             self.dedup.record(client, update.seq, Entry(digest, header.lsn, (error.reason, str(error))))
             raise
-        kind = rp.RECORD_KIND_NOOP if update.skip else rp.RECORD_KIND_PUSH
-        header = self.log.append(
-            kind, epoch=self.epoch, client_id=client, seq=update.seq, checksum=zlib.crc32(repr(digest).encode())
+        done = contribution
+        header = self._append(
+            rp.RECORD_KIND_NOOP if update.skip else rp.RECORD_KIND_PUSH,
+            self._made(lambda: push_body(update, done)),
+            client_id=client,
+            seq=update.seq,
+            checksum=zlib.crc32(digest),
         )
         self.dedup.record(client, update.seq, Entry(digest, header.lsn))
         self.pushes += 1
         return Outcome(header.lsn)
+
+    def _made(self, make: Callable[[], Made]) -> Made | None:
+        """A record's body, if anybody follows."""
+        return make() if self.log.replicated else None
+
+    def _append(self, kind: int, made: Made | None = None, **fields: int) -> RecordHeader:
+        body, payload = made if made is not None else (None, ())
+        return self.log.append(kind, epoch=self.epoch, body=body, payload=payload, **fields)
 
     def _again(self, client: int, seq: int) -> Outcome:
         self.duplicates += 1
@@ -337,12 +381,9 @@ class Partition:
             self._check_init(init_attempt)
         else:
             self.check_ready()
-        plan = plan_writes(self.layout, self.optimizer, writes, whole_values=bool(init_attempt))
-        if init_attempt:
-            self.optimizer.reset()
-            self._init_attempt = init_attempt
-        self._write(plan)
-        header = self.log.append(rp.RECORD_KIND_ASSIGN, epoch=self.epoch, client_id=client, seq=assign_id)
+        self._write(writes, init_attempt)
+        made = self._made(lambda: assign_body(writes, init_attempt))
+        header = self._append(rp.RECORD_KIND_ASSIGN, made, client_id=client, seq=assign_id)
         self.dedup.record_assign(client, assign_id, header.lsn)
         return Outcome(header.lsn)
 
@@ -355,15 +396,84 @@ class Partition:
                 partition=self.id,
             )
 
-    def _write(self, plan: Plan) -> None:
+    def _write(self, writes: Sequence[SlotFrame], init_attempt: int) -> None:
+        plan = plan_writes(self.layout, self.optimizer, writes, whole_values=bool(init_attempt))
+        if init_attempt:
+            self.optimizer.reset()
+            self._init_attempt = init_attempt
         plan.apply(self._views, self.optimizer)
 
     def fence(self, client: int) -> bool:
         """Forbid a client for ever; staged contributions stay. True if it was not yet."""
         fresh = self.dedup.fence(client)
         if fresh:
-            self.log.append(rp.RECORD_KIND_FENCE, epoch=self.epoch, client_id=client)
+            self._append(rp.RECORD_KIND_FENCE, client_id=client)
         return fresh
+
+    # What a follower does.
+
+    def replay(self, record: Record) -> None:
+        """Apply a committed record of the primary: the same bits as there.
+
+        Raises:
+            ParameshError: PAYLOAD_SIZE, TENSOR_MISMATCH, HYPER_PARAMETER: the record does not
+                fit this state, so the two have diverged.
+        """
+        header, body = record.header, record.body.WhichOneof("body")
+        if body == "push":
+            update, contribution = read_push(self.layout, record)
+            self._apply_update(update, contribution)
+            self.dedup.record(header.client_id, header.seq, Entry(contribution.digest, header.lsn))
+            self.pushes += 1
+        elif body == "noop":
+            self.dedup.record(header.client_id, header.seq, read_noop(record))
+        elif body == "decided":
+            self._replay_step(record)
+        elif body == "assign":
+            self._write(*read_assign(record))
+            self.dedup.record_assign(header.client_id, header.seq, header.lsn)
+        elif header.kind == rp.RECORD_KIND_FENCE:
+            self.dedup.fence(header.client_id)
+        self.log.adopt(record)
+        self.epoch = max(self.epoch, header.epoch)
+
+    def _replay_step(self, record: Record) -> None:
+        decided, present, total = read_step(self.layout, record)
+        settings = self.optimizer.merged(self._changed(decided.hyper_parameters))
+        views = [] if total is None else flat_views(self.layout, total)
+        self._step(settings, views, None if total is None else present)
+        self._stepped(decided)
+
+    def capture(self) -> rp.ReplicaState:
+        """Everything but the tensors, for a snapshot; `cut` has those."""
+        state = rp.ReplicaState(
+            lsn=self.log.lsn,
+            epoch=self.log.last.epoch,
+            applied_step=self.applied_step,
+            group=self._group,
+            init_attempt=self._init_attempt,
+            trained=self._trained,
+            settings=hyper.to_protos(self.optimizer.settings),
+            pushes=self.pushes,
+            duplicates=self.duplicates,
+        )
+        self.dedup.capture(state)
+        return state
+
+    def restore(self, state: rp.ReplicaState, writes: Sequence[SlotFrame]) -> None:
+        """Become what a snapshot says. On a partition that was just made.
+
+        Raises:
+            TensorMismatch: PAYLOAD_SIZE or TENSOR_MISMATCH.
+            RequestRefused: HYPER_PARAMETER.
+        """
+        self.optimizer.configure(self.optimizer.merged(hyper.from_protos(state.settings)))
+        if state.init_attempt:
+            self._write(writes, state.init_attempt)
+        self.dedup = Dedup.restored(state)
+        self.applied_step, self._group, self._trained = state.applied_step, state.group, state.trained
+        self.pushes, self.duplicates = state.pushes, state.duplicates
+        self.log.reset(Position(state.lsn, state.epoch))
 
     def cut(self) -> list[SlotBytes]:
         """Values and optimizer state as they are now, as views of live memory.
@@ -380,7 +490,7 @@ class Partition:
         for part in cut_slots(self.layout, self.flat, self.optimizer):
             digest.update(f"{part.slot}/{part.segment}/{part.offset}:".encode())
             digest.update(part.data)
-        digest.update(repr(sorted(self.optimizer.settings.items())).encode())
+        digest.update(repr(sorted((n, _plain(v)) for n, v in self.optimizer.settings.items())).encode())
         for piece in self.dedup.canonical():
             digest.update(piece)
         digest.update(repr((self.table_id, self.applied_step, self.log.lsn, self._init_attempt)).encode())
@@ -389,3 +499,10 @@ class Partition:
     def close(self) -> None:
         """Let go of what is staged."""
         self.staging.clear()
+
+
+def _plain(value: Setting) -> Setting:
+    """A setting as it is after travelling: int and float are one there."""
+    if isinstance(value, tuple):
+        return tuple(float(number) for number in value)
+    return value if value is None or isinstance(value, bool) else float(value)

@@ -17,6 +17,7 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.counters import Counters
+from paramesh_server.dedup import fold
 from paramesh_server.staging import Contribution, FrameBytes, assemble
 from paramesh_server.writes import SlotFrame
 
@@ -145,7 +146,7 @@ def contribution_of(layout: PartitionLayout, incoming: Incoming[ps.PushHeader]) 
     salt = (sequenced.skip, sequenced.grad_scale) if incoming.first.HasField("sequenced") else ()
     if salt and sequenced.skip:
         # Nothing of it counts, so nothing of it need fit.
-        return Contribution((), (), ("skip", *(frame.checksum for frame in frames)))
+        return Contribution((), (), fold("skip", *(frame.checksum for frame in frames)))
     return assemble(layout, incoming.first.presence, frames, salt)
 
 

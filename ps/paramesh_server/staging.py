@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from paramesh.errors import refuse
 from paramesh.routing import ALIGN_BYTES, PartitionLayout
 
-from paramesh_server.dedup import Digest
+from paramesh_server.dedup import Digest, fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def check_frame(layout: PartitionLayout, frame: FrameBytes) -> None:
         )
 
 
-def assemble(layout: PartitionLayout, presence: bytes, frames: Sequence[FrameBytes], salt: Digest = ()) -> Contribution:
+def assemble(layout: PartitionLayout, presence: bytes, frames: Sequence[FrameBytes], salt: tuple[object, ...] = ()) -> Contribution:
     """Make a contribution of frames that cover every present segment, and no absent one.
 
     Padding between segments may be covered or not. Frames may come in any order.
@@ -107,7 +107,7 @@ def assemble(layout: PartitionLayout, presence: bytes, frames: Sequence[FrameByt
             raise refuse("PAYLOAD_SIZE", f"two frames cover byte {frame.offset}", offset=frame.offset)
         end = frame.offset + frame.length
     _check_cover(layout, present, ordered)
-    digest = (presence, *salt, *((f.offset, f.checksum) for f in ordered))
+    digest = fold(presence, salt, *((f.offset, f.checksum) for f in ordered))
     return Contribution(present, ordered, digest, sum(f.length for f in ordered))
 
 

@@ -14,6 +14,7 @@ from paramesh import hyper
 from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
+from paramesh_server.dedup import fold
 from paramesh_server.partition import Partition
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.staging import Contribution
@@ -355,7 +356,7 @@ def test_options_are_part_of_the_digest_and_count() -> None:
     twin.push(1, Update(1, {}), contribution(twin.layout, half))
     assert raw(partition.flat) == raw(twin.flat)
     before = raw(partition.flat)
-    outcome = partition.push(1, Update(2, {"lr": 0.25}, skip=True), Contribution((), (), ("skip",)))
+    outcome = partition.push(1, Update(2, {"lr": 0.25}, skip=True), Contribution((), (), fold("skip")))
     assert outcome.lsn == partition.log.lsn
     assert raw(partition.flat) == before
     assert partition.optimizer.settings["lr"] == 0.25
