@@ -217,7 +217,5 @@ def _complete(header: RecordHeader, body: rp.LogRecord | None, payload: Sequence
 
 def record_of(body: rp.LogRecord, payload: Sequence[Buffer]) -> Record:
     """A record as it was received."""
-    header = RecordHeader(
-        body.epoch, body.lsn, body.kind, body.client_id, body.seq, body.step, body.checksum
-    )
+    header = RecordHeader(body.epoch, body.lsn, body.kind, body.client_id, body.seq, body.step, body.checksum)
     return Record(header, body, tuple(payload))

@@ -209,7 +209,9 @@ class Partition:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
         parts = [] if record.skip else parts_of(record, self.id, self.staging)
-        summed = self._train(settings, parts, reduction_of(record), keep=self.log.replicated)  # from here on nothing refuses
+        summed = self._train(
+            settings, parts, reduction_of(record), keep=self.log.replicated
+        )  # from here on nothing refuses
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
         made = self._made(lambda: step_body(record, *summed))
         self._append(rp.RECORD_KIND_STEP, made, step=record.step, checksum=checksum)

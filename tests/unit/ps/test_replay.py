@@ -78,7 +78,9 @@ class World:
             elif kind == "push":
                 seq = self.seqs.get(client, 0) + 1
                 changed = {"lr": 0.1 + seed % 5} if seed % 7 == 0 else {}
-                primary.push(client, Update(seq, changed, skip=seed % 11 == 0, scale=0.5), contribution(layout, gradients))
+                primary.push(
+                    client, Update(seq, changed, skip=seed % 11 == 0, scale=0.5), contribution(layout, gradients)
+                )
                 self.seqs[client] = seq
             elif kind == "bad":
                 self.seqs[client] = self.seqs.get(client, 0) + 1
