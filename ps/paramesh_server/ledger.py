@@ -8,6 +8,11 @@
 Events in, answers out: no threads, sockets, files or clocks; `now` is seconds of any clock
 that only rises. Every call is repeatable, so a wait is nothing but asking again. The state
 is a function of the records: `replay` on a fresh ledger gives an equal `state_digest`.
+
+    follower = Ledger(config)
+    follower.install(snapshot)              # or from nothing
+    follower.replay([decode_record(data)])  # committed ones, in order
+    follower.serve(log.append, config, now) # promoted: from here on it decides
 """
 
 from __future__ import annotations
@@ -22,17 +27,18 @@ from paramesh_server.ledger_clocks import Clocks
 from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Groups, GroupState
 from paramesh_server.ledger_leases import Leases
-from paramesh_server.ledger_log import Desk, Key, Record, Wait, digest
+from paramesh_server.ledger_log import Desk, Key, Record, Wait
 from paramesh_server.ledger_members import Members
 from paramesh_server.ledger_small import Figures, Gathers, SmallState
 from paramesh_server.ledger_status import Status
 from paramesh_server.ledger_steps import Steps
+from paramesh_server.ledger_whole import Whole
 
 __all__ = ["Ledger", "Record", "Wait"]
 
 
 def _drop(_: Record) -> None:
-    """Nobody follows yet: with one replica records need not be kept."""
+    """Nobody follows: with one replica records need not be kept."""
 
 
 class Ledger:
@@ -40,6 +46,12 @@ class Ledger:
 
     Requests are those of the Ledger service; their headers are checked by the servicer, all
     but `client_id`. Methods raise typed errors (`paramesh.errors`), and then nothing changed.
+
+    Args:
+        config: the job's settings. They steer what is decided, never how a record is applied,
+            so replicas may have those of different maps.
+        sink: takes each record before it is applied. What it raises, the call that brought the
+            decision about raises; the record is not applied then.
     """
 
     def __init__(self, config: JobConfig, sink: Callable[[Record], None] = _drop):
@@ -54,6 +66,9 @@ class Ledger:
         self._small = SmallState(self._desk, self._members)
         self._gathers = Gathers(self._desk, self._members)
         self._figures = Figures(self._desk, self._members)
+        self._whole = Whole(
+            self._desk, self._members, self._groups, self._epochs, self._steps, self._small, self._gathers
+        )
         self._status = Status(self._members, self._groups, self._steps, self._clocks, self._epochs)
 
     # ------------------------------------------------------------------ driving
@@ -62,6 +77,27 @@ class Ledger:
     def lsn(self) -> int:
         """The number of the last record."""
         return self._desk.lsn
+
+    @property
+    def following(self) -> bool:
+        """Whether it replays another's records, and decides nothing."""
+        return self._desk.sink is None
+
+    def serve(self, sink: Callable[[Record], None], config: JobConfig, now: float) -> None:
+        """Decide from here on: a follower is promoted, or a fresh ledger gets its log.
+
+        What was volatile at the ledger before is gone; callers repeat it. The old one's last
+        event may be here in part: what follows from the part is decided now.
+
+        Args:
+            sink: as in the constructor.
+            config: the job's settings.
+            now: seconds of this machine's clock; everything that is timed begins anew.
+        """
+        self._desk.sink, self._desk.config, self._desk.now = sink, _copy(config), now
+        self._members.forget_times()
+        self._members.start_if_enough()
+        self._settle()
 
     def take_woken(self) -> set[Key]:
         """Keys whose waiters must ask again, since the last take."""
@@ -87,33 +123,42 @@ class Ledger:
         return min((time for time in times if time is not None), default=None)
 
     def update_config(self, config: JobConfig, now: float) -> None:
-        """Adopt the job's settings as the map has them now."""
-        self._desk.now = now
-        if self._desk.config != config:
-            self._desk.config = _copy(config)
+        """Adopt the job's settings as the map has them now. No record: the map is their truth."""
+        if self._desk.config == config:
+            return
+        self._desk.config = _copy(config)
+        if not self.following:
+            self._desk.now = now
             self._members.start_if_enough()
             self._settle()
 
     def replay(self, records: Iterable[Record]) -> None:
-        """Apply records of another ledger, in order.
+        """Apply records of another ledger, in order; from then on this one follows.
 
         Raises:
             ValueError: a number is missing.
         """
+        self._desk.sink = None
         for record in records:
             self._desk.apply(record)
+        self._desk.woken.clear()  # nobody waits at a follower
+
+    def capture(self) -> bytes:
+        """The whole replicated state, with the number of the last record."""
+        return self._whole.capture()
+
+    def install(self, data: bytes) -> None:
+        """Take over a captured state, on a fresh ledger; from then on it follows.
+
+        Raises:
+            RequestRefused: FORMAT; nothing changed.
+            ValueError: this ledger has records already.
+        """
+        self._whole.install(data)
 
     def state_digest(self) -> str:
         """A hash of all replicated state."""
-        return digest(
-            [
-                self._members.state,
-                self._groups.state,
-                self._epochs.state,
-                self._small.state,
-                self._gathers.state,
-            ]
-        )
+        return self._whole.digest()
 
     def _settle(self) -> None:
         """Draw every conclusion that the last event allows."""
@@ -121,6 +166,18 @@ class Ledger:
         self._groups.settle()
         self._leases.settle()
         self._gathers.settle()
+
+    def summary(self) -> str:
+        """Where it stands, in one line for the log."""
+        status = self._status.response()
+        groups = ",".join(
+            f"{g.name}@{g.max_clock if self._clocks.has_clocks(self._groups.state[g.group]) else g.next_step}"
+            for g in status.groups
+        )
+        return (
+            f"lsn={self.lsn} members={len(status.members)} active={self._members.active} groups={groups or 'none'} "
+            f"open_epochs={len(self._epochs.open)} evictions={status.evictions} phase={status.phase!r}"
+        )
 
     # ------------------------------------------------------------------ members
 

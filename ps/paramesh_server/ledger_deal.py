@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 Run = tuple[int, int]
 """Chunks begin..end-1."""
@@ -37,6 +38,38 @@ class Deal:
         self.ways = ways
         self._taken = [0] * ways
         """How many chunks each position took."""
+
+    @classmethod
+    def restored(cls, runs: Sequence[Run], taken: Sequence[int]) -> Deal:
+        """The deal whose `runs` and `taken` these were.
+
+        Raises:
+            ValueError: no deal has such.
+        """
+        if not taken:
+            raise ValueError("a deal has at least one position")
+        for (_, earlier), (begin, _) in pairwise(runs):
+            if begin <= earlier:
+                raise ValueError(f"runs of a deal overlap or touch at chunk {begin}")
+        if any(begin >= end for begin, end in runs):
+            raise ValueError("a run of a deal is empty")
+        deal = cls(runs, len(taken))
+        for position, count in enumerate(taken):
+            if count > deal.available(position):
+                raise ValueError(f"position {position} of a deal took {count} chunks, more than its share")
+        deal._taken = list(taken)
+        deal.left -= sum(taken)
+        return deal
+
+    @property
+    def runs(self) -> list[Run]:
+        """The chunks that were there at the start."""
+        return self._runs
+
+    @property
+    def taken(self) -> list[int]:
+        """How many chunks each position took."""
+        return self._taken
 
     def __repr__(self) -> str:
         """All that matters, for the digest of replicated state."""

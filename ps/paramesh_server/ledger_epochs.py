@@ -22,6 +22,7 @@ from paramesh_server.ledger_deal import Deal, merge
 from paramesh_server.ledger_log import (
     ActivitySet,
     Dealt,
+    Delivered,
     Desk,
     EpochClosed,
     EpochKey,
@@ -59,6 +60,8 @@ class EpochState:
     """Chunks that came back since, a heap."""
     held: dict[int, set[int]] = field(default_factory=dict)
     """Chunks by the member that may train on them."""
+    delivered: dict[int, set[int]] = field(default_factory=dict)
+    """Of them, by member, what it said it handed to its loop; none: no entry."""
     grants: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     """For each member, (call number, chunks) of its last numbered Lease."""
     consumed: int = 0
@@ -121,14 +124,13 @@ class Epochs:
         self.state = EpochsState()
         self.open: dict[EpochKey, EpochState] = {}
         """Those of `state.epochs` that are not closed."""
-        self.delivered: dict[tuple[EpochKey, int], set[int]] = {}
-        """Chunks that a member said it handed to its loop. Volatile: each Lease tells anew."""
         self.version = 0
-        """Counts changes of who takes part in which epoch."""
+        """Counts changes of who takes part in which epoch. Volatile: only compared with itself."""
         for body, apply in (
             (EpochOpened, self._apply_opened),
             (Dealt, self._apply_dealt),
             (Leased, self._apply_leased),
+            (Delivered, self._apply_delivered),
             (Returned, self._apply_returned),
             (MovedOn, self._apply_moved),
             (EpochClosed, self._apply_closed),
@@ -137,6 +139,12 @@ class Epochs:
             (ActivitySet, self._apply_activity),
         ):
             desk.on(body, apply)
+
+    def install(self, state: EpochsState) -> None:
+        """Replace the state by a snapshot's; derive what is derived."""
+        self.state = state
+        self.open = {key: epoch for key, epoch in state.epochs.items() if not epoch.closed}
+        self.version += 1
 
     # ------------------------------------------------------------------ asking
 
@@ -151,8 +159,7 @@ class Epochs:
     def holders(self, epoch: EpochState) -> Iterator[int]:
         """Members whose chunks, or whose share, hold the epoch open."""
         for client_id, held in epoch.held.items():
-            delivered = self.delivered.get((epoch.key, client_id), set())
-            if not self.moved_on(client_id, epoch.key) and not held <= delivered:
+            if not self.moved_on(client_id, epoch.key) and not held <= epoch.delivered.get(client_id, set()):
                 yield client_id
         for position, client_id in enumerate(epoch.owners):
             if epoch.deal.available(position):
@@ -186,6 +193,17 @@ class Epochs:
         return r.epoch in self.state.closed.get(r.dataset, ()) and r.epoch < at - KEEP_EPOCHS
 
     # ------------------------------------------------------------------ giving back, consuming
+
+    def declare(self, epoch: EpochState, client_id: int, delivered: Iterable[SampleRange]) -> None:
+        """Note which of its chunks a member handed to its loop; each Lease tells all of them anew.
+
+        A loop that broke off tells it once and never repeats it, so a record must hold it: else
+        the others would wait for that worker after a failover.
+        """
+        ours = [r for r in delivered if (r.dataset, r.epoch) == epoch.key]
+        chunks = {chunk for r in ours for chunk in epoch.held_of(client_id, r)}
+        if chunks != epoch.delivered.get(client_id, set()):
+            self._desk.commit(Delivered(epoch.key, client_id, tuple(sorted(chunks))))
 
     def give_back(self, client_id: int, ranges: Iterable[SampleRange]) -> None:
         """Take back the samples of a contribution that was too late; foreign ones are ignored."""
@@ -249,6 +267,13 @@ class Epochs:
             epoch.grants[body.client_id] = (body.call, tuple(chunks))
         self._members.unpark(self._members.state.members[body.client_id])
 
+    def _apply_delivered(self, body: Delivered) -> None:
+        delivered = self.state.epochs[body.key].delivered
+        if body.chunks:
+            delivered[body.client_id] = set(body.chunks)
+        else:
+            delivered.pop(body.client_id, None)
+
     def _apply_returned(self, body: Returned) -> None:
         epoch = self.state.epochs[body.key]
         if body.chunks:
@@ -281,12 +306,12 @@ class Epochs:
         epoch = self.open.pop(body.key)
         epoch.closed = True
         epoch.grants.clear()
+        epoch.delivered.clear()
         epoch.returned.clear()
         epoch.absent.clear()
         epoch.deal, epoch.owners = Deal([], 1), ()
         self.state.closed.setdefault(body.key[0], set()).add(body.key[1])
         for member in self._members.state.members.values():
-            self.delivered.pop((body.key, member.client_id), None)
             if member.parked == body.key:
                 self._members.unpark(member)
         for other in [e for e in self.state.epochs.values() if e.closed]:
@@ -303,7 +328,7 @@ class Epochs:
         for epoch in list(self.state.epochs.values()):
             epoch.grants.pop(body.client_id, None)
             epoch.absent.discard(body.client_id)
-            self.delivered.pop((epoch.key, body.client_id), None)
+            epoch.delivered.pop(body.client_id, None)
             chunks = epoch.held.pop(body.client_id, set())
             if chunks:
                 self._to_returned(epoch, sorted(chunks))

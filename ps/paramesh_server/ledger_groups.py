@@ -85,11 +85,17 @@ class Groups:
         self.state: dict[int, GroupState] = {}
         """By number, from 1."""
         self._names: dict[str, int] = {}
+        """Numbers by name. Derived from the state."""
         self._rounds: dict[int, _InitRound] = {}
         desk.on(GroupOpened, self._apply_opened)
         desk.on(InitOwned, self._apply_owned)
         desk.on(InitCommitted, self._apply_committed)
         desk.on(Left, self._apply_left)
+
+    def install(self, state: dict[int, GroupState]) -> None:
+        """Replace the state by a snapshot's; derive what is derived."""
+        self.state = state
+        self._names = {group.spec.name: number for number, group in state.items()}
 
     def get(self, number: int) -> GroupState:
         """A group by number.

@@ -41,6 +41,9 @@ MAX_WANT = 1024
 MAX_OPEN_EPOCHS = 1024
 """Epochs open at once over all datasets; a job has a handful, a flood must not fill memory."""
 
+MAX_SAMPLES = 1 << 48
+"""Samples of one epoch: what a member consumed, over all epochs, must fit 64 bits."""
+
 MAX_CHUNKS = 1 << 32
 """Chunks of one epoch; far above any, far below where sizes overflow."""
 
@@ -80,7 +83,7 @@ class Leases:
         repeated = _repeated(epoch, member, request)
         if repeated is not None:
             return repeated
-        self._declare(epoch, member, request.delivered)
+        self._epochs.declare(epoch, member.client_id, request.delivered)
         self._deal_anew(epoch)
         chunks = self._grant(epoch, member, min(request.want or 1, MAX_WANT), request.call)
         if chunks:
@@ -110,11 +113,6 @@ class Leases:
             self._dealt_at[key] = self._basis()
         return self._epochs.open[key]
 
-    def _declare(self, epoch: EpochState, member: MemberState, delivered: Iterable[SampleRange]) -> None:
-        ours = [r for r in delivered if (r.dataset, r.epoch) == epoch.key]
-        chunks = {chunk for r in ours for chunk in epoch.held_of(member.client_id, r)}
-        self._epochs.delivered[epoch.key, member.client_id] = chunks
-
     def _grant(self, epoch: EpochState, member: MemberState, want: int, call: int) -> list[int]:
         position = epoch.position(member.client_id)
         own = epoch.deal.peek(position, want) if position is not None else []
@@ -126,7 +124,7 @@ class Leases:
     def _wait(self, epoch: EpochState, member: MemberState) -> Wait:
         """Let a member wait; steps do not wait for it, unless it has batches left to train on."""
         held = epoch.held.get(member.client_id, set())
-        spent = held <= self._epochs.delivered.get((epoch.key, member.client_id), set())
+        spent = held <= epoch.delivered.get(member.client_id, set())
         if spent and member.activity != ACTIVITY_IDLE:
             self._members.set_activity(member, ACTIVITY_BETWEEN, parked=epoch.key)
         if epoch.deal.left:
@@ -281,6 +279,8 @@ def _check_request(request: LeaseRequest) -> None:
         check_name(request.dataset, "dataset")
     if not request.chunk:
         raise refuse("MISSING_FIELD", "chunk is required: the number of samples of one lease", field="chunk")
+    if request.length > MAX_SAMPLES:
+        raise refuse("QUOTA", f"an epoch has at most {MAX_SAMPLES} samples", length=request.length)
     if request.length // request.chunk > MAX_CHUNKS:
         raise refuse("QUOTA", f"an epoch has at most {MAX_CHUNKS} chunks; use larger batches")
 

@@ -1,7 +1,7 @@
 """The ledger's records, and the desk that its parts share. Pure.
 
 Every change of the ledger's state is one numbered record: a part *decides*, hands a body
-to `Desk.commit`, which numbers it, offers it to the sink (replication, later) and lets
+to `Desk.commit`, which numbers it, offers it to the sink (the replicated log) and lets
 every part that cares *apply* it. So the state is a function of the records: applying them
 on a fresh ledger gives an equal `digest`.
 
@@ -208,6 +208,16 @@ class Leased:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Delivered:
+    """Of the chunks it holds, a member handed these to its loop: they hold no epoch open."""
+
+    key: EpochKey
+    client_id: int
+    chunks: tuple[int, ...]
+    """All of them, rising."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Returned:
     """A member gave chunks back."""
 
@@ -252,6 +262,14 @@ class Gathered:
     client_ids: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatherEntered:
+    """A member that missed the last round of a barrier or mean was told its result."""
+
+    name: str
+    client_id: int
+
+
 KINDS: dict[type, Kind] = {
     Joined: Kind.MEMBERS,
     Started: Kind.MEMBERS,
@@ -269,11 +287,13 @@ KINDS: dict[type, Kind] = {
     EpochOpened: Kind.DATA,
     Dealt: Kind.DATA,
     Leased: Kind.DATA,
+    Delivered: Kind.DATA,
     Returned: Kind.DATA,
     MovedOn: Kind.DATA,
     EpochClosed: Kind.DATA,
     StatePut: Kind.STATE,
     Gathered: Kind.GATHER,
+    GatherEntered: Kind.GATHER,
 }
 
 
@@ -303,19 +323,21 @@ class Desk:
 
     Attributes:
         config: the job's settings; replaced by `Ledger.update_config` only.
-        now: seconds, of the call under way; set by the facade at the start of each.
+        now: seconds, of the call under way; set by the facade at the start of each. No record
+            and no replicated state holds it: it is of one machine's clock.
         lsn: the number of the last record.
         woken: keys whose waiters must ask again; taken by the driver after each call.
         notices: lines for the log; taken by the driver after each call.
     """
 
     def __init__(self, config: JobConfig, sink: Callable[[Record], None]):
+        self.sink: Callable[[Record], None] | None = sink
+        """Takes each decision before it is applied; None: others decide, this one replays."""
         self.config = config
         self.now = 0.0
         self.lsn = 0
         self.woken: set[Key] = set()
         self.notices: list[str] = []
-        self._sink = sink
         self._appliers: dict[type, list[Callable[[Any], None]]] = {}
 
     def on(self, body: type, apply: Callable[[Any], None]) -> None:
@@ -323,9 +345,15 @@ class Desk:
         self._appliers.setdefault(body, []).append(apply)
 
     def commit(self, body: object) -> None:
-        """Append a decision and apply it."""
+        """Append a decision and apply it.
+
+        Raises:
+            RuntimeError: this ledger follows another; a mistake of its driver.
+        """
+        if self.sink is None:
+            raise RuntimeError(f"a ledger that follows another decides nothing: {type(body).__name__}")
         record = Record(self.lsn + 1, KINDS[type(body)], body)
-        self._sink(record)
+        self.sink(record)
         self.apply(record)
 
     def apply(self, record: Record) -> None:

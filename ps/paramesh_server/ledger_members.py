@@ -73,9 +73,10 @@ class Members:
         self._desk = desk
         self.state = MembersState()
         self.active = 0
-        """How many members are ACTIVE."""
+        """How many members are ACTIVE. Derived from the state."""
         self.version = 0
-        """Counts changes of who takes part (joins, leaves, to and from IDLE)."""
+        """Counts changes of who takes part (joins, leaves, to and from IDLE). Volatile: only
+        compared with itself."""
         self._since: dict[int, float] = {}
         """Seconds at which each member's activity last changed. Volatile."""
         self._gone_at: dict[int, float] = {}
@@ -84,6 +85,17 @@ class Members:
         desk.on(Started, self._apply_started)
         desk.on(Left, self._apply_left)
         desk.on(ActivitySet, self._apply_activity)
+
+    def install(self, state: MembersState) -> None:
+        """Replace the state by a snapshot's; derive what is derived."""
+        self.state = state
+        self.active = sum(member.activity == ACTIVITY_ACTIVE for member in state.members.values())
+        self.version += 1
+
+    def forget_times(self) -> None:
+        """Let everything that is timed begin anew: a replay stamps no time of this clock."""
+        self._since.clear()
+        self._gone_at.clear()
 
     # ------------------------------------------------------------------ asking
 

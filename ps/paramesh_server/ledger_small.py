@@ -21,7 +21,7 @@ from paramesh.v1.ledger_pb2 import (
     ReportRequest,
 )
 
-from paramesh_server.ledger_log import Desk, Gathered, Left, StatePut, Wait, require
+from paramesh_server.ledger_log import Desk, Gathered, GatherEntered, Left, StatePut, Wait, require
 from paramesh_server.ledger_members import Members
 
 STATE_BYTES = 4 << 20
@@ -53,7 +53,13 @@ class SmallState:
         self.state: dict[str, tuple[int, bytes]] = {}
         """For each key, (version, value)."""
         self._bytes = 0
+        """Of all values."""
         desk.on(StatePut, self._apply)
+
+    def install(self, state: dict[str, tuple[int, bytes]]) -> None:
+        """Replace the state by a snapshot's; derive what is derived."""
+        self.state = state
+        self._bytes = sum(len(value) for _, value in state.values())
 
     def put(self, request: PutStateRequest) -> int:
         """Keep a value unless a higher version is kept; returns the version kept.
@@ -110,7 +116,7 @@ class GatherState:
     numbers: int = 0
     """Values in `results`."""
     members: set[int] = field(default_factory=set)
-    """Who took part in the last round."""
+    """Who takes part in the next one: who took part in the last, or was told its result."""
 
 
 class Gathers:
@@ -126,10 +132,13 @@ class Gathers:
         self.state: dict[str, GatherState] = {}
         self._arrived: dict[str, dict[int, GatherRequest]] = {}
         """For each name, who is in the open round with what. Volatile: callers repeat it."""
-        self._caught_up: dict[str, set[int]] = {}
-        """For each name, who was told the last round's result since. Volatile."""
         desk.on(Gathered, self._apply)
+        desk.on(GatherEntered, self._apply_entered)
         desk.on(Left, self._apply_left)
+
+    def install(self, state: dict[str, GatherState]) -> None:
+        """Replace the state by a snapshot's."""
+        self.state = state
 
     def gather(self, request: GatherRequest) -> GatherResponse | Wait:
         """Bring values to a round; answer its mean when everybody is there.
@@ -143,8 +152,8 @@ class Gathers:
         self._check(request)
         gather = self.state.get(request.name, GatherState())
         if request.round < gather.next_round:
-            if request.round == gather.next_round - 1:
-                self._caught_up.setdefault(request.name, set()).add(member.client_id)
+            if request.round == gather.next_round - 1 and member.client_id not in gather.members:
+                self._desk.commit(GatherEntered(request.name, member.client_id))
             return self._result(gather, request.round)
         if request.round > gather.next_round:
             raise refuse(
@@ -189,7 +198,7 @@ class Gathers:
         gather = self.state.get(name)
         here = self._arrived.get(name, {})
         members = self._members.state.members
-        expected = set(members) if gather is None else gather.members | self._caught_up.get(name, set())
+        expected = set(members) if gather is None else gather.members
         return [c for c in expected if c in members and c not in here]
 
     def settle(self) -> None:
@@ -215,21 +224,23 @@ class Gathers:
         gather.numbers += len(body.values)
         gather.members = set(body.client_ids)
         while len(gather.results) > 1 and (len(gather.results) > GATHER_ROUNDS or gather.numbers > GATHER_VALUES):
-            values, _ = gather.results.pop(next(iter(gather.results)))
+            values, _ = gather.results.pop(gather.next_round - len(gather.results))  # the oldest
             gather.numbers -= len(values)
         self._arrived.pop(body.name, None)
-        self._caught_up.pop(body.name, None)
         self._desk.wake(("gather", body.name, body.round))
 
+    def _apply_entered(self, body: GatherEntered) -> None:
+        self.state[body.name].members.add(body.client_id)
+
     def _apply_left(self, body: Left) -> None:
+        for gather in self.state.values():
+            gather.members.discard(body.client_id)
         for name, arrived in list(self._arrived.items()):
             request = arrived.pop(body.client_id, None)
             if request is not None:
                 self._desk.wake(("gather", name, request.round))
             if not arrived:
                 del self._arrived[name]
-        for told in self._caught_up.values():
-            told.discard(body.client_id)
 
 
 def mean(requests: list[GatherRequest]) -> tuple[float, ...]:

@@ -74,6 +74,13 @@ class Steps:
     def _round(self, group: GroupState) -> _Round:
         return self._rounds.setdefault(group.number, _Round())
 
+    def installed(self) -> None:
+        """Begin anew on a snapshot: what a member has not told, it has not applied."""
+        members = self._members.state.members.values()
+        active = [m.client_id for m in members if m.activity == pb.ACTIVITY_ACTIVE]
+        for group in self._groups.state.values():
+            self._round(group).applied = dict.fromkeys(active, group.first_kept)
+
     def group(self, number: int) -> GroupState:
         """A group that takes steps.
 

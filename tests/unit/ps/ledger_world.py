@@ -1,12 +1,18 @@
 """A ledger, a clock and words to drive both, for the tests of the ledger.
 
 Every word also checks what must hold after every event: a second ledger that is fed the
-records only has an equal state (the state is a function of the records), and a refused
-request changed nothing (invariant 27).
+records only, as bytes, has an equal state and equal bytes of it (the state is a function of the
+records), and a refused request changed nothing (invariant 27).
+
+    world.fail_during(keep)       # the primary dies in the next event, its answer is lost
+
+Then the second ledger takes over with the first `keep` of that event's records, and whoever
+asked asks again. All records of earlier events are there: their answers were given.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +20,7 @@ from paramesh.errors import ParameshError
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as t
 from paramesh_server.ledger import Ledger, Record, Wait
+from paramesh_server.ledger_codec import decode_record, encode_record
 
 T = TypeVar("T")
 
@@ -47,33 +54,77 @@ class World:
     def __init__(self, **config: int):
         values = {"start_workers": 1, "min_workers": 1, "gather_ms": 2000} | config
         self.records: list[Record] = []
+        """All that followers have."""
         self.config = t.JobConfig(**values)
         self.ledger = Ledger(self.config, self._append)
         self.shadow = Ledger(t.JobConfig())
+        """A follower."""
         self.now = 100.0
         self.check = True
+        self.failovers = 0
+        self._tail: list[bytes] = []
+        """Records of the event under way."""
+        self._keep: int | None = None
 
     def _append(self, record: Record) -> None:
-        self.records.append(record)
-        self.shadow.replay([record])
+        self._tail.append(encode_record(record))
+
+    def _replicate(self, keep: int | None = None) -> None:
+        """Let the follower have the records of the last event, or the first `keep` of them."""
+        records = [decode_record(data) for data in self._tail[:keep]]
+        self._tail.clear()
+        self.records += records
+        self.shadow.replay(records)
+
+    def snapshot(self) -> None:
+        """Replace the follower by one that is made from a snapshot of it."""
+        fresh = Ledger(t.JobConfig())
+        fresh.install(self.shadow.capture())
+        assert fresh.state_digest() == self.shadow.state_digest()
+        self.shadow = fresh
+
+    def fail_during(self, keep: int) -> None:
+        """Have the primary die during the next event; the follower has `keep` of its records."""
+        self._keep = keep
+
+    def promote(self) -> None:
+        """Let the follower serve, and a new one follow."""
+        self._keep = None
+        self.failovers += 1
+        self.ledger, self.shadow = self.shadow, Ledger(t.JobConfig())
+        self.shadow.replay(self.records)
+        self.now += 1.0
+        self.ledger.serve(self._append, self.config, self.now)
+        self._replicate()
 
     def do(self, event: Callable[[float], T]) -> T:
         """Give the ledger an event, and check what must hold after each."""
+        if self._keep is not None:
+            self._fail(event)
         before = (self.ledger.lsn, self.ledger.state_digest()) if self.check else None
         try:
             answer = event(self.now)
         except ParameshError:
             assert before is None or before == (self.ledger.lsn, self.ledger.state_digest())
             raise
+        self._replicate()
         assert not self.check or self.shadow.state_digest() == self.ledger.state_digest()
+        assert not self.check or self.shadow.capture() == self.ledger.capture()
         return answer
+
+    def _fail(self, event: Callable[[float], object]) -> None:
+        """Die in an event whose answer nobody gets."""
+        with contextlib.suppress(ParameshError):
+            event(self.now)
+        self._replicate(self._keep)
+        self.promote()
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass; tick when the ledger asked for it, as its driver does."""
         until = self.now + seconds
         while (at := self.ledger.next_deadline()) is not None and at <= until:
             self.now = max(self.now, at)
-            self.do(self.ledger.tick)
+            self.do(lambda now: self.ledger.tick(now))
             assert self.ledger.next_deadline() != at, "a tick that changes nothing would spin"
         self.now = until
 
@@ -189,7 +240,7 @@ class World:
         return self.do(lambda now: self.ledger.gather(request, now))
 
     def status(self) -> lg.LedgerStatusResponse:
-        return self.do(self.ledger.status)
+        return self.do(lambda now: self.ledger.status(now))
 
 
 def header(client: int) -> t.RequestHeader:
