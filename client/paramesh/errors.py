@@ -189,6 +189,8 @@ REASONS: dict[str, Reason] = {
     "SEQ_REUSED": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a sequence number came with other bytes"),
     "SEQ_TOO_OLD": _row(ALREADY_EXISTS, Action.RAISE, StateRefused, "older than the window; applied long ago"),
     "SEQ_GAP": _row(ABORTED, Action.BACK_OFF, Retryable, "an earlier push has not come yet"),
+    "LOG_GAP": _row(OUT_OF_RANGE, Action.SUPPLY, Retryable, "the record before is not here"),
+    "DIVERGED": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "another record is applied here; send a snapshot"),
     "SEQ_TOO_FAR": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "more than five pushes ahead"),
     # Steps.
     "NEED_STEPS": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "the partition lacks decided steps"),

@@ -11,6 +11,8 @@ longer, so that a follower that was away for a moment need not fetch a snapshot.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,9 +80,13 @@ START = Position(0, 0)
 
 
 class Log:
-    """One partition's records, in order, without gaps."""
+    """One partition's records, in order, without gaps.
+
+    The pool appends under the partition's lock while the event loop reads for followers.
+    """
 
     def __init__(self, keep: int = RING) -> None:
+        self._lock = threading.Lock()
         self._replicated = False
         self._ring: deque[RecordHeader] = deque(maxlen=keep)
         self._base = START
@@ -106,10 +112,11 @@ class Log:
 
     @replicated.setter
     def replicated(self, on: bool) -> None:
-        self._replicated = on
-        if not on:
-            self._records.clear()
-            self._bytes = 0
+        with self._lock:
+            self._replicated = on
+            if not on:
+                self._records.clear()
+                self._bytes = 0
 
     def append(
         self,
@@ -136,9 +143,7 @@ class Log:
             payload: its bytes; kept as they are, so they must not change any more.
         """
         header = RecordHeader(epoch, self.lsn + 1, kind, client_id, seq, step, checksum)
-        if self._replicated:
-            self._keep(_complete(header, body, payload))
-        self._take(header)
+        self._take(header, _complete(header, body, payload) if self._replicated else None)
         return header
 
     def adopt(self, record: Record) -> RecordHeader:
@@ -149,58 +154,60 @@ class Log:
         """
         if record.header.lsn != self.lsn + 1:
             raise ValueError(f"record {record.header.lsn} does not follow {self.lsn}")
-        if self._replicated:
-            self._keep(record)
-        self._take(record.header)
+        self._take(record.header, record if self._replicated else None)
         return record.header
 
-    def _take(self, header: RecordHeader) -> None:
-        self._ring.append(header)
-        self._last = Position(header.lsn, header.epoch)
-
-    def _keep(self, record: Record) -> None:
-        self._records.append(record)
-        self._bytes += record.nbytes
+    def _take(self, header: RecordHeader, record: Record | None) -> None:
+        with self._lock:
+            if record is not None:
+                self._records.append(record)
+                self._bytes += record.nbytes
+            self._ring.append(header)
+            self._last = Position(header.lsn, header.epoch)
 
     def trim(self, held: int) -> None:
         """Let go of payloads up to `held`, which every in-sync replica has, beyond what is kept anyway."""
-        while self._records and self._records[0].header.lsn <= held and self._too_much():
-            self._bytes -= self._records.popleft().nbytes
+        with self._lock:
+            while self._records and self._records[0].header.lsn <= held and self._too_much():
+                self._bytes -= self._records.popleft().nbytes
 
     def _too_much(self) -> bool:
         return len(self._records) > KEPT_RECORDS or self._bytes > KEPT_BYTES
 
     def after(self, lsn: int) -> list[Record] | None:
         """Records with a number above `lsn`, oldest first; None if some are not kept any more."""
-        if lsn >= self.lsn:
-            return [] if lsn == self.lsn else None
-        first = self._records[0].header.lsn if self._records else self.lsn + 1
-        if lsn + 1 < first:
-            return None
-        skip = lsn + 1 - first
-        return [self._records[i] for i in range(skip, len(self._records))]
+        with self._lock:
+            if lsn >= self.lsn:
+                return [] if lsn == self.lsn else None
+            first = self._records[0].header.lsn if self._records else self.lsn + 1
+            if lsn + 1 < first:
+                return None
+            return list(itertools.islice(self._records, lsn + 1 - first, None))
 
     def holds(self, at: Position) -> bool:
         """Whether this log has a record of that number and epoch; so it agrees up to there."""
-        if at in (self._base, self._last):
-            return True
-        if not self._ring or not self._ring[0].lsn <= at.lsn <= self.lsn:
-            return False
-        return self._ring[at.lsn - self._ring[0].lsn].epoch == at.epoch
+        with self._lock:
+            if at in (self._base, self._last):
+                return True
+            if not self._ring or not self._ring[0].lsn <= at.lsn <= self.lsn:
+                return False
+            return self._ring[at.lsn - self._ring[0].lsn].epoch == at.epoch
 
     def before(self, lsn: int) -> Position:
         """The place before a record that `after` returned."""
-        if lsn - 1 == self._base.lsn:
-            return self._base
-        header = self._ring[lsn - 1 - self._ring[0].lsn]
-        return Position(header.lsn, header.epoch)
+        with self._lock:
+            if lsn - 1 == self._base.lsn:
+                return self._base
+            header = self._ring[lsn - 1 - self._ring[0].lsn]
+            return Position(header.lsn, header.epoch)
 
     def reset(self, at: Position) -> None:
         """Begin anew at a snapshot's place."""
-        self._ring.clear()
-        self._records.clear()
-        self._bytes = 0
-        self._base = self._last = at
+        with self._lock:
+            self._ring.clear()
+            self._records.clear()
+            self._bytes = 0
+            self._base = self._last = at
 
     def tail(self, after: int = 0) -> tuple[RecordHeader, ...]:
         """The kept headers with a number above `after`, oldest first."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from paramesh import hyper
@@ -324,7 +325,7 @@ class Partition:
                 raise contribution
             self._apply_update(update, contribution)
         except ParameshError as error:
-            made = self._made(lambda: noop_body(digest, error.reason, str(error)))
+            made = self._made(partial(noop_body, digest, error.reason, str(error)))
             header = self._append(rp.RECORD_KIND_NOOP, made, client_id=client, seq=update.seq)
             self.dedup.record(client, update.seq, Entry(digest, header.lsn, (error.reason, str(error))))
             raise

@@ -1,14 +1,18 @@
 """From the map to this process: which partitions to hold, and whether the ledger is here.
 
 The map is the coordinator's decision, already committed; following it is idempotent. A row
-whose primary is (my name, my incarnation) and that is not held is made, empty; one that is
-held and is no longer mine is dropped. A row with another incarnation of me is not mine.
+that lists (my name, my incarnation) as primary, in sync or learner and that is not held is
+made, empty; one that is held and lists me no longer is dropped. A row with another
+incarnation of me is not mine. Being named primary is the order to take over: whoever is
+named was in sync, so it has everything that was ever acknowledged, or nothing ever was.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from functools import partial
 
 from paramesh.channel import header
@@ -21,9 +25,11 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh.v1.coordinator_pb2_grpc import CatalogStub, MapServiceStub
 
 from paramesh_server.aggregate import Workspace
+from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.partition import Partition
-from paramesh_server.shards import Shards
+from paramesh_server.replica import Role
+from paramesh_server.shards import Held, Shards, Slot
 from paramesh_server.staging import Budget
 
 log = logging.getLogger(__name__)
@@ -45,12 +51,22 @@ class Placement:
         shards: what this process holds.
         ledger: where the ledger is, if it is here.
         budget: bytes that all partitions may stage.
+        follow: called when a replica's role or followers may have changed.
     """
 
     def __init__(
-        self, me: pb.ReplicaRef, job: str, link: CoordinatorLink, shards: Shards, ledger: LedgerHost, budget: Budget
+        self,
+        me: pb.ReplicaRef,
+        job: str,
+        link: CoordinatorLink,
+        shards: Shards,
+        ledger: LedgerHost,
+        budget: Budget,
+        follow: Callable[[Slot], None] = lambda _: None,
     ) -> None:
         self._me = me
+        self._ref = Ref.of(me)
+        self._follow_up = follow
         self._job = job
         self._link = link
         self._shards = shards
@@ -69,6 +85,11 @@ class Placement:
         if routes is None or partition not in routes:
             return False
         return self._is_mine(routes.partition(partition))
+
+    def listed(self, partition: int) -> bool:
+        """Whether the newest map lists a replica in this process."""
+        routes = self._shards.routes
+        return routes is not None and partition in routes and self._keeps(routes.partition(partition))
 
     def _is_mine(self, row: pb.Partition) -> bool:
         return row.primary == self._me and row.state != pb.PARTITION_STATE_OFFLINE
@@ -126,38 +147,67 @@ class Placement:
         if LEDGER in rows:
             await self._ledger.follow(routes, mine=self._is_mine(rows[LEDGER]), keep=self._keeps(rows[LEDGER]))
         for number, row in rows.items():
-            if number != LEDGER and self._is_mine(row):
-                await self._hold(row)
+            here = number in self._shards.held or row.state != pb.PARTITION_STATE_OFFLINE
+            if number != LEDGER and self._keeps(row) and here:
+                await self._hold(row)  # nothing is made for an OFFLINE row: it would be empty
 
     def _keeps(self, row: pb.Partition) -> bool:
-        """An OFFLINE row keeps its old primary: its memory is the only copy that there is."""
-        return row.primary == self._me
+        """An OFFLINE row keeps its old replicas: their memory is the only copy that there is."""
+        return row.primary == self._me or self._me in row.isr or self._me in row.learners
 
     async def _hold(self, row: pb.Partition) -> None:
         held = self._shards.held.get(row.id)
-        if held is not None:
-            if row.epoch > held.partition.epoch:
-                await held.run(partial(held.partition.raise_epoch, row.epoch), inline=True)
+        if held is None:
+            try:
+                held = self._shards.add(await self.make(row), self._ref)
+            except ParameshError as error:
+                if error.reason in ("UNREACHABLE", "DEADLINE"):
+                    raise  # the coordinator is away: asked again
+                log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
+                self._shards.fail(row.id, error)
+                return
+            if self._is_mine(row):
+                held.replica.lead(row, time.monotonic())
+                await held.run(partial(self._shards.fence_remembered, held.partition), inline=True)
+        await self._take_role(held, row)
+        held.stir()
+        self._follow_up(held)
+
+    async def _take_role(self, held: Held, row: pb.Partition) -> None:
+        replica = held.replica
+        if not self._is_mine(row):
+            if replica.role is Role.PRIMARY and row.epoch > replica.machine.epoch:
+                log.warning("partition=%d deposed epoch=%d primary=%s", row.id, row.epoch, row.primary.node)
+            replica.heed(row.epoch)
             return
-        try:
-            spec, layouts = await self._schema(row.table_id)
-            partition = Partition(
-                row.id,
-                row.table_id,
-                layouts[row.index],
-                spec,
-                epoch=row.epoch,
-                budget=self._budget,
-                workspace=self._workspace,
-            )
-        except ParameshError as error:
-            if error.reason in ("UNREACHABLE", "DEADLINE"):
-                raise  # the coordinator is away: asked again
-            log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
-            self._shards.fail(row.id, error)
-            return
-        self._shards.add(partition)
-        log.info("partition=%d table=%s epoch=%d bytes=%d held", row.id, spec.name, row.epoch, partition.layout.nbytes)
+        if replica.role is Role.FOLLOWER:
+            replica.promise(row.epoch)
+            await held.run(partial(replica.take_over, row.epoch))
+            log.warning("partition=%d promoted epoch=%d lsn=%d", row.id, row.epoch, replica.machine.log.lsn)
+            replica.lead(row, time.monotonic())
+            await held.run(lambda: self._shards.fence_remembered(held.partition), inline=True)
+        elif row.epoch > held.partition.epoch:
+            await held.run(lambda: held.partition.raise_epoch(row.epoch), inline=True)
+        replica.lead(row, time.monotonic())
+
+    async def make(self, row: pb.Partition) -> Partition:
+        """An empty replica of a partition.
+
+        Raises:
+            ParameshError: UNREACHABLE, if the schema is not known here and nobody answers.
+        """
+        spec, layouts = await self._schema(row.table_id)
+        partition = Partition(
+            row.id,
+            row.table_id,
+            layouts[row.index],
+            spec,
+            epoch=row.epoch,
+            budget=self._budget,
+            workspace=self._workspace,
+        )
+        log.info("partition=%d table=%s epoch=%d bytes=%d made", row.id, spec.name, row.epoch, partition.layout.nbytes)
+        return partition
 
     async def _schema(self, table_id: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
         if table_id not in self._schemas:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from paramesh.channel import grpc
 from paramesh.errors import refuse
@@ -61,6 +60,7 @@ class Reads:
                 encoded = await self._at_step(held, request, kind)
             else:
                 encoded = await self._above_floor(held, asked, request, kind, deadline)
+            await held.released(encoded.lsn)
             return encoded.messages
         except Exception as error:
             detail = self._plane.detail(error, f"partition {asked.partition}")
@@ -76,14 +76,14 @@ class Reads:
             held.partition.check_step(request.step)
             return self._encode(held, kind)
 
-        return await held.run(work)
+        return await held.lead(work)
 
     async def _above_floor(
         self, held: Held, asked: ps.PartitionPull, request: ps.PullRequest, kind: int, deadline: float
     ) -> EncodedValues:
         partition = held.partition
         if request.committed:
-            await held.run(partial(partition.commit, list(request.committed)))
+            await held.lead(lambda: held.partition.commit(list(request.committed)))
         # A floor seen under an older epoch was cut to that epoch's end when this one began.
         floor = asked.floor_lsn if asked.floor_epoch == partition.epoch else 0
         if floor > partition.log.lsn + FLOOR_REACH:
@@ -99,7 +99,7 @@ class Reads:
             partition.check_ready()
             return self._encode(held, kind)
 
-        return await held.run(work)
+        return await held.lead(work)
 
     def _fresh(self, held: Held, kind: int) -> EncodedValues | None:
         """The shared encoding, if nothing was applied since."""
@@ -135,7 +135,7 @@ class Reads:
                     held.partition.check_step(request.step)
                 return encode_cut(held.partition, kind)
 
-            return await held.run(work)
+            return await held.lead(work)
         except Exception as error:
             detail = self._plane.detail(error, f"partition {asked.partition}")
             return (encode(ps.SnapshotHeader(partition=asked.partition, error=detail, partition_done=True)),)

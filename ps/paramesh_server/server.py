@@ -31,20 +31,25 @@ from paramesh_server.beat import Figures
 from paramesh_server.config import ServerConfig
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
+from paramesh_server.inbound import Inbound
+from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.metrics import serve_metrics
+from paramesh_server.outbound import Outbound
+from paramesh_server.partition import Partition
 from paramesh_server.placement import Placement
 from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
 from paramesh_server.registration import Registration
 from paramesh_server.servicer import DataPlane
-from paramesh_server.shards import Shards
+from paramesh_server.shards import Held, Shards
 from paramesh_server.staging import Budget
+from paramesh_server.wishes import Wishes
 
 log = logging.getLogger(__name__)
 
 _DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger")
-_CONTROL_SERVICES = ("paramesh.v1.ServerControl",)
+_CONTROL_SERVICES = ("paramesh.v1.ServerControl", "paramesh.v1.Replication")
 
 
 class ParameterServer:
@@ -89,6 +94,7 @@ class ParameterServer:
             await self.stop(0)
             raise
         self._link.start_watch()
+        self._wishes.start()
         await self._health_serving(True)
         log.info(
             "serving name=%s address=%s control=%s job=%s",
@@ -105,11 +111,24 @@ class ParameterServer:
         self._link = CoordinatorLink(config.coordinator, config.job)
         self._ledger = LedgerHost(config.job)
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
-        self._placement = Placement(me, config.job, self._link, self._shards, self._ledger, self._budget)
+        ref = Ref.of(me)
+        self._outbound = Outbound(config.job, self._generation, ref, lambda: self._shards.routes)
+        self._placement = Placement(
+            me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
+        )
+        self._inbound = Inbound(config.job, self._generation, ref, self._replica, self._empty)
+        self._wishes = Wishes(config.job, self._generation, ref, self._link, self._shards.held.values)
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
         self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
+
+    async def _replica(self, partition: int) -> Held | None:
+        return await self._shards.replica(partition, lambda: self._placement.listed(partition))
+
+    async def _empty(self, partition: int) -> Partition:
+        assert self._shards.routes is not None
+        return await self._placement.make(self._shards.routes.partition(partition))
 
     def _generation(self) -> int:
         return max(self._placement.generation, self._registration.generation)
@@ -126,6 +145,7 @@ class ParameterServer:
         self._ledger.register(self._data)
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
         self._orders.register(self._control)
+        self._inbound.register(self._control)
         host = config.advertised_host
         self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
         control = config.control_bind or f"{config.host}:0"
@@ -212,6 +232,8 @@ class ParameterServer:
         await self._health_serving(False)
         await self._registration.stop(goodbye=goodbye)
         await asyncio.gather(self._data.stop(grace), self._control.stop(grace))
+        await self._wishes.stop()
+        await self._outbound.close()
         await self._placement.close()
         await self._link.close()
         if self._metrics is not None:

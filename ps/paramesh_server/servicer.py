@@ -29,6 +29,7 @@ from paramesh_server.counters import Counters
 from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
 from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
+from paramesh_server.replica import Role
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.shards import Held, Shards
 from paramesh_server.staging import Contribution
@@ -116,7 +117,7 @@ class DataPlane:
         self,
         requests: AsyncIterator[Framed[H]],
         gathering: Gathering[H],
-        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Partition, Outcome]]],
+        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Held, Outcome]]],
     ) -> Sequence[ps.PartitionOutcome]:
         """Handle each partition as soon as its last frame is here."""
         client = 0
@@ -152,25 +153,39 @@ class DataPlane:
         self,
         client: int,
         incoming: Incoming[H],
-        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Partition, Outcome]]],
+        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Held, Outcome]]],
     ) -> ps.PartitionOutcome:
         """One partition's answer; never raises."""
         answer = ps.PartitionOutcome(partition=incoming.first.partition)
         try:
-            partition, outcome = await handle(client, incoming)
+            held, outcome = await handle(client, incoming)
+            partition = held.partition
             answer.lsn, answer.duplicate = outcome.lsn, outcome.duplicate
             answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
+            await held.released(partition.log.lsn)  # also what it says of steps must be in every log
             self._counters.duplicates += outcome.duplicate
         except Exception as error:
-            answer.error.CopyFrom(self.detail(error, f"partition {answer.partition}"))
-            held = self._shards.held.get(answer.partition)
-            if held is not None:
-                answer.epoch, answer.applied_step = held.partition.epoch, held.partition.applied_step
+            answer.Clear()
+            answer.partition = incoming.first.partition
+            answer.error.CopyFrom(await self._refusal(error, answer.partition))
+            seen = self._shards.held.get(answer.partition)
+            if seen is not None and seen.replica.serving:
+                answer.epoch, answer.applied_step = seen.partition.epoch, seen.partition.applied_step
         finally:
             self._in_flight.give(incoming.nbytes)
         return answer
 
-    async def _cut_short(self, client: int, incoming: Incoming[Any]) -> tuple[Partition, Outcome]:
+    async def _refusal(self, error: Exception, partition: int) -> pb.ErrorDetail:
+        """A refusal that leaned on what is not committed yet waits for it, like any answer."""
+        held = self._shards.held.get(partition)
+        if held is not None and held.replica.role is Role.PRIMARY:
+            try:
+                await held.released(held.partition.log.lsn)
+            except ParameshError as newer:
+                error = newer
+        return self.detail(error, f"partition {partition}")
+
+    async def _cut_short(self, client: int, incoming: Incoming[Any]) -> tuple[Held, Outcome]:
         """Refuse what has no last frame, changing nothing: no NOOP either.
 
         gRPC may end the requests as if the caller had finished when it went away in the
@@ -179,7 +194,7 @@ class DataPlane:
         await self.find(incoming.first.partition, incoming.first.epoch)
         raise refuse("MISSING_FIELD", "the stream ended before the partition's last frame", field="last")
 
-    async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Partition, Outcome]:
+    async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Held, Outcome]:
         held = await self.find(incoming.first.partition, incoming.first.epoch)
         kind = incoming.first.WhichOneof("key")
         if kind == "staged":
@@ -189,7 +204,7 @@ class DataPlane:
         else:
             raise refuse("MISSING_FIELD", "a push is staged or sequenced; the first frame says neither", field="key")
         self._counters.pushes += not outcome.duplicate
-        return held.partition, outcome
+        return held, outcome
 
     async def _stage(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, first = held.partition, incoming.first
@@ -200,7 +215,7 @@ class DataPlane:
         committed = list(first.committed)
         # Holding a view is instant; only a decision to apply is worth the pool.
         inline = True if all(r.step < partition.applied_step for r in committed) else None
-        return await held.run(partial(partition.stage, client, at, contribution, committed), inline=inline)
+        return await held.lead(lambda: held.partition.stage(client, at, contribution, committed), inline=inline)
 
     async def _update(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, key = held.partition, incoming.first.sequenced
@@ -217,21 +232,20 @@ class DataPlane:
             contribution = error  # what cannot ever fit consumes its seq
         deadline = time.monotonic() + GAP_S
         while True:
-            outcome = await held.run(partial(partition.push, client, update, contribution))
+            outcome = await held.lead(lambda: held.partition.push(client, update, contribution))
             if not outcome.held:
                 return outcome
             if not await held.changed(deadline - time.monotonic()):
                 raise refuse("SEQ_GAP", f"seq {update.seq} came, an earlier one of client {client} did not")
 
-    async def _assign(self, client: int, incoming: Incoming[ps.AssignHeader]) -> tuple[Partition, Outcome]:
+    async def _assign(self, client: int, incoming: Incoming[ps.AssignHeader]) -> tuple[Held, Outcome]:
         first = incoming.first
         held = await self.find(first.partition, first.epoch)
         if incoming.error is not None:
             raise incoming.error
-        partition = held.partition
         writes = await held.compute(partial(writes_of, incoming))
-        outcome = await held.run(partial(partition.assign, client, first.assign_id, writes, first.init_attempt))
-        return partition, outcome
+        outcome = await held.lead(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
+        return held, outcome
 
     # Norms, Inspect, Fence.
 
@@ -244,7 +258,8 @@ class DataPlane:
     async def _norm(self, asked: ps.PartitionPull, request: ps.NormsRequest) -> ps.PartitionNorm:
         try:
             held = await self.find(asked.partition, asked.epoch)
-            value = await held.run(partial(held.partition.norm, list(request.committed)))
+            value = await held.lead(lambda: held.partition.norm(list(request.committed)))
+            await held.released(held.partition.log.lsn)
             return ps.PartitionNorm(partition=asked.partition, squared_norm=value)
         except Exception as error:
             return ps.PartitionNorm(partition=asked.partition, error=self.detail(error, f"partition {asked.partition}"))
@@ -253,7 +268,7 @@ class DataPlane:
         """What the partitions of this process are at. Those that are not here are left out."""
         self.check(request.request)
         numbers = list(request.partitions) or sorted(self._shards.held)
-        here = [self._shards.held[number] for number in numbers if number in self._shards.held]
+        here = [held for number in numbers if (held := self._shards.held.get(number)) and held.replica.serving]
         infos: list[ps.PartitionInfo] = []
         for held in here:
             with _unless_gone():
@@ -271,9 +286,14 @@ class DataPlane:
         done = 0
         for held in list(self._shards.held.values()):
             with _unless_gone():
-                await held.run(partial(forbid, held.partition), inline=True)
+                await held.lead(partial(_on, held, forbid), inline=True)
+                await held.released(held.partition.log.lsn)
                 done += 1
         return done
+
+
+def _on(held: Held, work: Callable[[Partition], None]) -> None:
+    work(held.partition)
 
 
 @contextlib.contextmanager

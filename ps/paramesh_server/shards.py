@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -20,7 +21,9 @@ from typing import Any, TypeVar
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 
+from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
+from paramesh_server.replica import Replica, Role
 from paramesh_server.sending import EncodedValues
 
 log = logging.getLogger(__name__)
@@ -30,23 +33,31 @@ T = TypeVar("T")
 INLINE_BYTES = 128 << 10
 """Work on fewer bytes runs on the event loop: it takes some 20 us, a hop to the pool 100."""
 
+RELEASE_S = 10.0
+"""How long an answer waits for followers before its caller hears whom for; five times what
+it takes until a silent follower leaves the set."""
+
 ARRIVAL_S = 2.0
 """How long a request waits for a partition that the map already gives to this server."""
 
 
-class Held:
-    """One partition of this process."""
+class Slot:
+    """One replica of this process, behind a lock: of a dense partition, or of the ledger."""
 
-    def __init__(self, partition: Partition, pool: Executor) -> None:
-        self.partition = partition
-        self.encoded: dict[int, EncodedValues] = {}
-        """Checksum kind -> the newest encoding of the values."""
+    def __init__(self, replica: Replica, pool: Executor) -> None:
+        self.replica = replica
         self.closed = False
         """It was given up: whoever found it before that is refused."""
         self._pool = pool
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._moved = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
+
+    @property
+    def number(self) -> int:
+        """The partition's number."""
+        return self.replica.machine.id
 
     @property
     def queue(self) -> int:
@@ -55,8 +66,8 @@ class Held:
 
     @property
     def small(self) -> bool:
-        """Whether a pass over the partition is too short for the pool."""
-        return self.partition.layout.nbytes <= INLINE_BYTES
+        """Whether a pass over the state is too short for the pool."""
+        return True
 
     async def compute(self, work: Callable[[], T], *, inline: bool | None = None) -> T:
         """Run work that needs no lock: in the pool, or here when it is short."""
@@ -84,15 +95,65 @@ class Held:
     async def _exclusive(self, work: Callable[[], T], inline: bool | None) -> T:
         async with self._lock:
             if self.closed:
-                number = self.partition.id
-                raise refuse("NOT_PRIMARY", f"partition {number} is no longer held here", partition=number)
-            before = self.partition.log.lsn
+                raise refuse("NOT_PRIMARY", f"partition {self.number} is no longer held here", partition=self.number)
+            before = self.replica.machine.log.last
             try:
                 return await self.compute(work, inline=inline)
             finally:
-                if self.partition.log.lsn != before:
+                if self.replica.machine.log.last != before:
+                    self.replica.appended(time.monotonic())
                     changed, self._changed = self._changed, asyncio.Event()
                     changed.set()
+                    self.stir()
+
+    async def lead(self, work: Callable[[], T], *, inline: bool | None = None) -> T:
+        """Run work that only a primary may do.
+
+        Raises:
+            Retryable: NOT_PRIMARY, if it is not (or not any more) when its turn comes.
+        """
+
+        def guarded() -> T:
+            self.check_primary()
+            return work()
+
+        return await self.run(guarded, inline=inline)
+
+    def check_primary(self) -> None:
+        """Refuse what only a primary may do.
+
+        Raises:
+            Retryable: NOT_PRIMARY.
+        """
+        if self.replica.role is not Role.PRIMARY:
+            raise refuse("NOT_PRIMARY", f"partition {self.number} has another primary now", partition=self.number)
+
+    def stir(self) -> None:
+        """Something that others wait for may have moved: log, commit or role."""
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def stirred(self, timeout: float) -> None:
+        """Wait until something moved, or for `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._moved.wait(), timeout)
+
+    async def released(self, lsn: int) -> None:
+        """Wait until a record is in the log of every replica that may be in sync.
+
+        Raises:
+            Retryable: NOT_PRIMARY, if this replica is deposed meanwhile: its answer may be
+                wrong; NOT_ENOUGH_REPLICAS after `RELEASE_S`, naming who is waited for.
+        """
+        deadline = time.monotonic() + RELEASE_S
+        while True:
+            self.check_primary()
+            if self.replica.insync.commit >= lsn:
+                return
+            if time.monotonic() >= deadline:
+                names = ", ".join(self.replica.insync.waiting_for())
+                raise refuse("NOT_ENOUGH_REPLICAS", f"partition {self.number} waits for {names}", partition=self.number)
+            await self.stirred(deadline - time.monotonic())
 
     async def changed(self, timeout: float) -> bool:
         """Wait until a record is applied; False if none was within `timeout` seconds."""
@@ -111,8 +172,35 @@ class Held:
     async def _close(self) -> None:
         async with self._lock:
             self.closed = True
-            self.partition.close()
-            self.encoded.clear()
+            self.replica.role = Role.FOLLOWER
+            self.replica.machine.close()
+            self.stir()
+
+
+class Held(Slot):
+    """One replica of a dense partition."""
+
+    def __init__(self, replica: Replica, pool: Executor) -> None:
+        super().__init__(replica, pool)
+        self.encoded: dict[int, EncodedValues] = {}
+        """Checksum kind -> the newest encoding of the values."""
+
+    @property
+    def partition(self) -> Partition:
+        """The state; another object after a snapshot was installed."""
+        machine = self.replica.machine
+        assert isinstance(machine, Partition)
+        return machine
+
+    @property
+    def small(self) -> bool:
+        """Whether a pass over the partition is too short for the pool."""
+        return self.partition.layout.nbytes <= INLINE_BYTES
+
+    async def close(self) -> None:
+        """As `Slot.close`, and the encodings go too."""
+        await super().close()
+        self.encoded.clear()
 
 
 class Shards:
@@ -139,13 +227,17 @@ class Shards:
         self.failed: dict[int, ParameshError] = {}
         """Partitions that the map gives to this process and that cannot be made, and why."""
 
-    def add(self, partition: Partition) -> None:
-        """Hold a partition from now on."""
-        for client in sorted(self.fenced):
-            partition.fence(client)
-        self.held[partition.id] = Held(partition, self.pool)
+    def add(self, partition: Partition, me: Ref) -> Held:
+        """Hold a replica from now on, as a follower until it is told to lead."""
+        held = self.held[partition.id] = Held(Replica(partition, me), self.pool)
         self.failed.pop(partition.id, None)
         self._announce()
+        return held
+
+    def fence_remembered(self, partition: Partition) -> None:
+        """A new primary forbids whom this process was told to fence while another led."""
+        for client in sorted(self.fenced):
+            partition.fence(client)
 
     def fail(self, partition: int, error: ParameshError) -> None:
         """A partition cannot be made: requests for it get the reason."""
@@ -163,19 +255,20 @@ class Shards:
             await held.close()
 
     async def find(self, partition: int) -> Held:
-        """The partition, if this process holds it or is about to.
+        """The partition, if this process is its primary or is about to be.
 
         Raises:
             ParameshError: WRONG_PARTITION, NOT_PRIMARY (with a hint), NOT_READY.
         """
-        if partition in self.held:
-            return self.held[partition]
+        held = self.held.get(partition)
+        if held is not None and held.replica.serving:
+            return held
         if self.routes is None or partition not in self.routes:
             await self._look_again(partition)
         if self._mine(partition):
-            await self._wait_for(partition)
-        if partition in self.held:
-            return self.held[partition]
+            held = await self._wait_for(partition)
+            if held is not None:
+                return held
         if partition in self.failed:
             raise self.failed[partition]
         raise self._elsewhere(partition)
@@ -189,11 +282,27 @@ class Shards:
         except ParameshError as error:
             raise refuse("NOT_READY", f"partition {partition} is not in the map here, and {error}") from error
 
-    async def _wait_for(self, partition: int) -> None:
+    async def _wait_for(self, partition: int) -> Held | None:
+        """The partition, once it is made and serves; None if that takes long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ARRIVAL_S):
-                while partition not in self.held and partition not in self.failed:
+                while partition not in self.failed:
+                    held = self.held.get(partition)
+                    if held is None:
+                        await self._arrived.wait()
+                    elif held.replica.serving:
+                        return held
+                    else:
+                        await held.stirred(ARRIVAL_S)
+        return None
+
+    async def replica(self, partition: int, listed: Callable[[], bool]) -> Held | None:
+        """The replica, whatever its role, once it is made; None if the map does not list one here."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ARRIVAL_S):
+                while partition not in self.held and listed():
                     await self._arrived.wait()
+        return self.held.get(partition)
 
     def _elsewhere(self, partition: int) -> ParameshError:
         if self.routes is None or partition not in self.routes:
@@ -203,7 +312,7 @@ class Shards:
         except ParameshError as error:
             return error
         if self._mine(partition):
-            return refuse("NOT_READY", f"partition {partition} is being made", partition=partition)
+            return refuse("NOT_READY", f"partition {partition} is being made or taken over", partition=partition)
         return refuse(
             "NOT_PRIMARY",
             f"partition {partition} is at {node.ref.node}",

@@ -84,7 +84,9 @@ def check_frame(layout: PartitionLayout, frame: FrameBytes) -> None:
         )
 
 
-def assemble(layout: PartitionLayout, presence: bytes, frames: Sequence[FrameBytes], salt: tuple[object, ...] = ()) -> Contribution:
+def assemble(
+    layout: PartitionLayout, presence: bytes, frames: Sequence[FrameBytes], salt: tuple[object, ...] = ()
+) -> Contribution:
     """Make a contribution of frames that cover every present segment, and no absent one.
 
     Padding between segments may be covered or not. Frames may come in any order.

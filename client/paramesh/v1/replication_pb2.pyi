@@ -149,7 +149,7 @@ global___NoopBody = NoopBody
 @typing.final
 class StepBody(google.protobuf.message.Message):
     """StepBody is a decided step, summed by the primary; the payload is the sum, laid out as
-    the partition, without what is absent.
+    the partition. Bytes of absent segments mean nothing.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -393,6 +393,7 @@ class AppendResponse(google.protobuf.message.Message):
     ACKED_EPOCH_FIELD_NUMBER: builtins.int
     APPLIED_LSN_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    APPLIED_EPOCH_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     """epoch is the follower's promised one; higher than the sender's: step down."""
@@ -400,7 +401,8 @@ class AppendResponse(google.protobuf.message.Message):
     """acked_lsn is in the follower's memory; acked_epoch is that record's."""
     acked_epoch: builtins.int
     applied_lsn: builtins.int
-    """applied_lsn is where its state is."""
+    """applied_lsn and applied_epoch are where its state is."""
+    applied_epoch: builtins.int
     @property
     def error(self) -> paramesh.v1.types_pb2.ErrorDetail: ...
     def __init__(
@@ -412,9 +414,10 @@ class AppendResponse(google.protobuf.message.Message):
         acked_epoch: builtins.int = ...,
         applied_lsn: builtins.int = ...,
         error: paramesh.v1.types_pb2.ErrorDetail | None = ...,
+        applied_epoch: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acked_epoch", b"acked_epoch", "acked_lsn", b"acked_lsn", "applied_lsn", b"applied_lsn", "epoch", b"epoch", "error", b"error", "partition", b"partition"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acked_epoch", b"acked_epoch", "acked_lsn", b"acked_lsn", "applied_epoch", b"applied_epoch", "applied_lsn", b"applied_lsn", "epoch", b"epoch", "error", b"error", "partition", b"partition"]) -> None: ...
 
 global___AppendResponse = AppendResponse
 

@@ -1,0 +1,258 @@
+"""One replica of a partition: its role, what it promised, and what it has not applied yet. Pure.
+
+    replica = Replica(machine, me)
+    replica.lead(row, now)                      # the map names this process as primary
+    replica.appended(now)                       # the machine's log has grown
+    replica.commit                              # released up to here
+
+    replica.heed(row.epoch)                     # the map names another one
+    replica.greet(epoch)                        # a primary's stream begins
+    replica.offer(previous, record)             # in memory, in order: acknowledge replica.last
+    replica.learn(commit); replica.due()        # records that may be applied now
+
+A primary applies a record when it appends it, and releases answers when it is committed
+(docs/decisions/0010); a follower applies only what is committed, so what it has of an
+uncommitted tail can still be replaced. The state machine is a dense partition or the ledger.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from paramesh.errors import refuse
+from paramesh.v1 import replication_pb2 as rp
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server.insync import InSync, Ref
+from paramesh_server.log import Log, Position, Record
+from paramesh_server.writes import SlotFrame
+
+
+class Machine(Protocol):
+    """What is replicated: a state that is a function of its records."""
+
+    id: int
+    epoch: int
+    log: Log
+
+    def replay(self, record: Record) -> None:
+        """Apply a committed record."""
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Append the EPOCH record of a new primary."""
+
+    def capture(self) -> rp.ReplicaState:
+        """The state but for its tensors."""
+
+    def restore(self, state: rp.ReplicaState, writes: Sequence[SlotFrame]) -> None:
+        """Become what a snapshot says."""
+
+    def close(self) -> None:
+        """Let go of what is volatile."""
+
+
+class Role(enum.Enum):
+    """What a replica does now."""
+
+    PRIMARY = "primary"
+    FOLLOWER = "follower"
+
+
+class Replica:
+    """One replica. Not thread-safe: `offer`, `learn` and the role change on the event loop; what
+    touches the machine (`apply`, `take_over`) runs under the partition's lock.
+
+    Attributes:
+        machine: the state and its log; replaced by `install`.
+        role: what it does now.
+        promised: the highest epoch heard of: nothing older is taken.
+        insync: whom it waits for, as primary.
+    """
+
+    def __init__(self, machine: Machine, me: Ref) -> None:
+        self.machine = machine
+        self.me = me
+        self.role = Role.FOLLOWER
+        self.promised = 0
+        self.insync = InSync(me)
+        self.pins: dict[Ref, int] = {}
+        """Followers that fetch a snapshot -> its number: what follows it is kept for them."""
+        self._serves_from = 0
+        """As primary: nothing is answered before this record, its own EPOCH, is committed."""
+        self._tail: deque[Record] = deque()
+        """As follower: received and not applied; follows on the machine's log."""
+        self._commit = 0
+        """As follower: what is committed and is here."""
+        self._matched = 0
+        """As follower: up to here this log is known to be that of the primary of `promised`."""
+        self._lock = threading.Lock()
+        """The tail is read on the event loop while the pool applies its beginning."""
+
+    # Either role.
+
+    @property
+    def last(self) -> Position:
+        """The last record in memory here."""
+        with self._lock:
+            return _at(self._tail[-1]) if self._tail else self.machine.log.last
+
+    @property
+    def commit(self) -> int:
+        """Everything up to here is committed, as far as this replica knows."""
+        return self.insync.commit if self.role is Role.PRIMARY else self._commit
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests may be answered here."""
+        return self.role is Role.PRIMARY and self.insync.commit >= self._serves_from
+
+    # The primary.
+
+    def lead(self, row: pb.Partition, now: float) -> None:
+        """The map names this process: from a follower, `take_over` has run before.
+
+        The first primary of a partition has nothing to take over, and no EPOCH record.
+        """
+        if self.role is not Role.PRIMARY:
+            self.role = Role.PRIMARY
+            self.insync = InSync(self.me)
+            self._serves_from = self.machine.log.lsn
+        self.promised = max(self.promised, row.epoch)
+        self.insync.follow(row, now)
+        self.machine.log.replicated = bool(self.insync.followers)
+        self.appended(now)
+
+    def take_over(self, epoch: int) -> None:
+        """Apply all that is in memory, whoever committed it, and begin a new epoch."""
+        while self._tail:
+            self._apply_first()
+        self.machine.log.replicated = True
+        self.machine.raise_epoch(epoch)
+
+    def appended(self, now: float) -> None:
+        """The machine's log has grown."""
+        if self.role is Role.PRIMARY:
+            self.insync.appended(self.machine.log.lsn, now)
+            self.trim()
+
+    def trim(self) -> None:
+        """Let go of payloads that nobody needs any more."""
+        held = self.insync.held if self.role is Role.PRIMARY else self._commit
+        self.machine.log.trim(min([held, *self.pins.values()]))
+
+    # The follower.
+
+    def promise(self, epoch: int) -> None:
+        """Take nothing of an older epoch from now on."""
+        if epoch > self.promised:
+            self.promised = epoch
+            self._matched = min(self._matched, self._commit)
+
+    def heed(self, epoch: int) -> None:
+        """Another process is primary under this epoch: never acknowledge to an older one.
+
+        What this replica applied as primary and never released stays: it is a tail like any
+        other, and goes when the new primary's records take its place.
+        """
+        self.promise(epoch)
+        if self.role is Role.PRIMARY and epoch > self.machine.epoch:
+            self._commit = self._matched = self.insync.commit
+            self.role = Role.FOLLOWER
+            self.pins.clear()
+        self.machine.log.replicated = True
+
+    def greet(self, epoch: int) -> None:
+        """A primary's stream begins.
+
+        Raises:
+            Retryable: STALE_EPOCH, if a newer one was promised; NOT_READY, if this replica is
+                the primary of that very epoch.
+        """
+        if epoch < self.promised:
+            raise refuse("STALE_EPOCH", f"epoch {epoch} is over, {self.promised} was promised", epoch=self.promised)
+        if self.role is Role.PRIMARY and epoch == self.promised:
+            raise refuse("NOT_READY", f"this is the primary of epoch {epoch}")
+        self.heed(epoch)
+
+    def offer(self, epoch: int, previous: Position, record: Record) -> None:
+        """Hold a record after the one before it; `last` is what may be acknowledged then.
+
+        Raises:
+            Retryable: STALE_EPOCH.
+            ParameshError: LOG_GAP, if the record before is not here: send from an earlier one.
+            StateRefused: DIVERGED, if it would replace a record that is applied: send a snapshot.
+        """
+        self.greet(epoch)
+        at = _at(record)
+        with self._lock:
+            if not self._has(at):
+                self._replace(at, previous, record)
+            self._matched = max(self._matched, at.lsn)
+
+    def _replace(self, at: Position, previous: Position, record: Record) -> None:
+        if at.lsn <= self.machine.log.lsn:
+            raise refuse("DIVERGED", f"record {at.lsn} is applied here, of another epoch than {at.epoch}")
+        if not self._has(previous):
+            raise refuse("LOG_GAP", f"record {previous.lsn} of epoch {previous.epoch} is not here", lsn=previous.lsn)
+        while self._tail and self._tail[-1].header.lsn >= at.lsn:
+            self._tail.pop()  # of another epoch: replaced, in the same act as what takes its place
+        self._tail.append(record)
+
+    def _has(self, at: Position) -> bool:
+        if not self._tail or at.lsn < self._tail[0].header.lsn:
+            return self.machine.log.holds(at)
+        index = at.lsn - self._tail[0].header.lsn
+        return index < len(self._tail) and self._tail[index].header.epoch == at.epoch
+
+    def learn(self, epoch: int, at: Position, commit: int) -> None:
+        """The primary says how far is committed, and what it has sent so far.
+
+        Only what is known to be the primary's own log counts: an older primary's record of
+        the same number may still stand here.
+
+        Raises:
+            Retryable: STALE_EPOCH.
+        """
+        self.greet(epoch)
+        with self._lock:
+            if self._has(at):
+                self._matched = max(self._matched, at.lsn)
+            self._commit = max(self._commit, min(commit, self._matched))
+
+    @property
+    def due(self) -> bool:
+        """Whether a record may be applied."""
+        with self._lock:
+            return self.role is Role.FOLLOWER and bool(self._tail) and self._tail[0].header.lsn <= self._commit
+
+    def apply(self) -> None:
+        """Apply what is due.
+
+        Raises:
+            ParameshError: a record does not fit the state: this replica has diverged.
+        """
+        while self.due:
+            self._apply_first()
+        self.trim()
+
+    def _apply_first(self) -> None:
+        self.machine.replay(self._tail[0])
+        with self._lock:
+            self._tail.popleft()
+
+    def install(self, machine: Machine) -> None:
+        """Go on from a snapshot; what was there before goes in the same act."""
+        with self._lock:
+            old, self.machine = self.machine, machine
+            self._tail.clear()
+            self._commit = self._matched = machine.log.lsn
+        old.close()
+        machine.log.replicated = True
+
+
+def _at(record: Record) -> Position:
+    return Position(record.header.lsn, record.header.epoch)
