@@ -6,10 +6,11 @@ import asyncio
 from collections import Counter
 
 from paramesh.channel import grpc
+from paramesh.errors import refuse
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1.coordinator_pb2_grpc import AdminServicer
 
-from paramesh_coordinator import operators
+from paramesh_coordinator import operators, replicas
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import (
     ClientRow,
@@ -33,7 +34,7 @@ MOST_EVENTS = 1000
 
 
 class AdminService(AdminServicer):
-    """Status and audit lines; reads only."""
+    """Status, audit lines, and what only a human may decide."""
 
     def __init__(self, driver: Driver):
         self._driver = driver
@@ -54,7 +55,7 @@ class AdminService(AdminServicer):
     def _servers(self) -> list[co.ServerStatus]:
         parts = self._driver.state.rows(PartitionRow).values()
         online = Counter(p.primary for p in parts if p.state is PartitionState.ONLINE)
-        held = Counter(p.primary for p in parts)
+        held = Counter(ref for p in parts for ref in {p.primary, *p.holders})
         rows = sorted(self._driver.state.rows(ServerRow).items())
         return [self._server(row, online[row.ref], held[row.ref]) for _, row in rows]
 
@@ -98,6 +99,16 @@ class AdminService(AdminServicer):
             self._driver.store.scan, EventRow.PREFIX, event_key(min(first, 10**20 - 1)), limit
         )
         return co.ListEventsResponse(events=[_event(key, data) for key, data in pairs])
+
+    async def PromoteReplica(
+        self, request: co.PromoteReplicaRequest, context: grpc.aio.ServicerContext
+    ) -> co.PromoteReplicaResponse:
+        """Give an offline partition to an incomplete replica."""
+        check(self._driver, request.request, registering=True)
+        if not request.accept_loss:
+            raise refuse("MISSING_FIELD", "acknowledged updates may be lost; say accept_loss if that is meant")
+        await self._driver.decide(lambda draft: replicas.promote_with_loss(draft, request.partition, request.server))
+        return co.PromoteReplicaResponse(map=self._driver.feed.current)
 
 
 def _client(row: ClientRow) -> co.ClientStatus:

@@ -13,12 +13,13 @@ from paramesh.errors import refuse
 from paramesh.routing import DTYPE_SIZE, PARTITION_BYTES, schema_digest, storage_dtype, storage_elements, validate_spec
 from paramesh.v1 import types_pb2 as pb
 
-from paramesh_coordinator.balance import Load, place
+from paramesh_coordinator.balance import Load, place_replicas
+from paramesh_coordinator.config import MAX_REPLICAS
 from paramesh_coordinator.operators import LEDGER
-from paramesh_coordinator.rows import PartitionRow, TableRow
+from paramesh_coordinator.rows import PartitionRow, PartitionState, Ref, ServerRow, TableRow
 from paramesh_coordinator.state import ClusterState, Draft
 
-__all__ = ["Limits", "admit", "create_table", "find_table", "form_ledger"]
+__all__ = ["Limits", "admit", "create_table", "find_table", "form_ledger", "loads_of", "table_spec"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def admit(spec: pb.TableSpec, limits: Limits) -> None:
     """Refuse a schema that is wrong or absurd, before anything is allocated for it.
 
     Raises:
-        RequestRefused: NAME, SHAPE, DTYPE, MISSING_FIELD, UNIMPLEMENTED (replicas).
+        RequestRefused: NAME, SHAPE, DTYPE, MISSING_FIELD.
         StateRefused: QUOTA.
     """
     validate_spec(spec)
@@ -53,8 +54,12 @@ def admit(spec: pb.TableSpec, limits: Limits) -> None:
             "raise partition_bytes",
             table=spec.name,
         )
-    if spec.replicas > 1:
-        raise refuse("UNIMPLEMENTED", f"table {spec.name!r} asks for {spec.replicas} replicas; this release keeps one")
+    if spec.replicas > MAX_REPLICAS:
+        raise refuse(
+            "QUOTA",
+            f"table {spec.name!r} asks for {spec.replicas} replicas; at most {MAX_REPLICAS} make sense",
+            table=spec.name,
+        )
 
 
 def find_table(rows: Sequence[TableRow], spec: pb.TableSpec) -> TableRow | None:
@@ -89,10 +94,26 @@ def form_ledger(draft: Draft, min_servers: int) -> None:
     servers = draft.live_servers()
     if _has_ledger(draft) or len(servers) < min_servers:
         return
-    (name,) = place([0], [Load(row.name) for row in servers])
-    home = next(row for row in servers if row.name == name)
-    draft.put(PartitionRow(LEDGER, 0, 0, 0, home.name, home.incarnation))
-    draft.audit("ledger_placed", home.name, servers=[row.name for row in servers])
+    replicas = draft.job.replicas
+    (names,) = place_replicas([0], replicas, loads_of(servers, ()))
+    isr = _refs(names, servers)
+    draft.put(PartitionRow(LEDGER, 0, 0, 0, *isr[0], isr=isr, replicas=replicas))
+    servers_named = [row.name for row in servers]
+    draft.audit("ledger_placed", names[0], servers=servers_named, on=names, **_short(replicas, [names]))
+
+
+def _refs(names: Sequence[str], servers: Sequence[ServerRow]) -> tuple[Ref, ...]:
+    """The first in-sync set: replicas that begin empty have all that was acknowledged so far."""
+    by_name = {row.name: row.ref for row in servers}
+    return tuple(by_name[name] for name in names)
+
+
+def _short(replicas: int, placed: Sequence[Sequence[str]]) -> dict[str, object]:
+    """For the audit line: how many replicas were wanted, and of how many partitions some lack."""
+    said: dict[str, object] = {} if replicas == 1 else {"replicas": replicas}
+    if lacking := sum(len(names) < replicas for names in placed):
+        said["degraded"] = lacking
+    return said
 
 
 def _has_ledger(draft: Draft) -> bool:
@@ -121,8 +142,8 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
     first = draft.job.next_partition
     if first + len(sizes) > limits.partitions:
         raise refuse("QUOTA", f"the job would have {first + len(sizes)} partitions, more than {limits.partitions}")
-    homes = {row.name: row for row in servers}
-    placed = place(sizes, _loads(draft))
+    replicas = spec.replicas or draft.job.replicas
+    placed = place_replicas(sizes, replicas, loads_of(servers, draft.rows(PartitionRow)))
     draft.count("next_partition", len(sizes))
     table_id = draft.count("next_table")
     row = TableRow(
@@ -135,20 +156,25 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
         spec=spec.SerializeToString(deterministic=True),
     )
     draft.put(row)
-    for index, (size, name) in enumerate(zip(sizes, placed, strict=True)):
-        draft.put(PartitionRow(first + index, table_id, index, size, name, homes[name].incarnation))
-    shares = {name: sum(s for s, p in zip(sizes, placed, strict=True) if p == name) for name in sorted(homes)}
-    draft.audit("table_created", spec.name, table_id=table_id, partitions=len(sizes), bytes_per_server=shares)
+    for index, (size, names) in enumerate(zip(sizes, placed, strict=True)):
+        isr = _refs(names, servers)
+        draft.put(PartitionRow(first + index, table_id, index, size, *isr[0], isr=isr, replicas=replicas))
+    shares = {s.name: sum(n for n, p in zip(sizes, placed, strict=True) if p[0] == s.name) for s in servers}
+    short = _short(replicas, placed)
+    draft.audit("table_created", spec.name, table_id=table_id, partitions=len(sizes), bytes_per_server=shares, **short)
     return row
 
 
-def _loads(draft: Draft) -> list[Load]:
-    parts = draft.rows(PartitionRow)
-    loads = []
-    for row in draft.live_servers():
-        mine = [p.nbytes for p in parts if p.primary == row.ref]
-        loads.append(Load(row.name, sum(mine), len(mine), row.capacity_bytes))
-    return loads
+def loads_of(servers: Sequence[ServerRow], parts: Sequence[PartitionRow]) -> list[Load]:
+    """What each of these servers holds."""
+    loads = {row.ref: Load(row.name, capacity=row.capacity_bytes, host=row.host_id, kind=row.fingerprint)
+             for row in servers}  # fmt: skip
+    for part in parts:
+        for ref in {part.primary, *part.holders} & loads.keys():
+            mine = ref == part.primary and part.state is PartitionState.ONLINE
+            load = loads[ref]
+            loads[ref] = load.plus(part.nbytes) if mine else load.plus_copy(part.nbytes)
+    return list(loads.values())
 
 
 def table_spec(state: ClusterState, table_id: int) -> tuple[TableRow, pb.TableSpec]:

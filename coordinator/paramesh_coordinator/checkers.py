@@ -24,6 +24,9 @@ FRESH_BEATS = 1.6
 """In beats (0.8 s of 0.5 s ones): an echo is fresh for one beat and the jitter of the next;
 a tick that is later than this may have missed everybody's beats."""
 
+LIVELY_BEATS = 2
+"""Who was heard within as many beats may take others out of an in-sync set."""
+
 
 @dataclass(frozen=True)
 class Silent:
@@ -52,6 +55,8 @@ class _Watched:
     """When its last fresh echo came."""
     echoed: int = 0
     """The highest nonce that it has returned; only rises, so a repeated echo is stale."""
+    heard: bool = True
+    """Whether it was ever heard by this coordinator: a registration or a fresh echo."""
     sent: int = 0
     """The last nonce that it was sent; 0 before the first."""
 
@@ -84,9 +89,16 @@ class Liveness:
         self._grace = self._last_tick = self.now
         self._nonce = self.first_nonce
 
-    def track(self, node: NodeKey, now: float) -> None:
-        """Begin to watch a node, or count a repeated registration as a sign of life."""
-        self._nodes.setdefault(node, _Watched(now)).fresh = now
+    def track(self, node: NodeKey, now: float, *, heard: bool = True) -> None:
+        """Begin to watch a node, or count a repeated registration as a sign of life.
+
+        Args:
+            node: who.
+            now: when.
+            heard: False for one that the store says is live and that has not spoken to us yet.
+        """
+        watched = self._nodes.setdefault(node, _Watched(now))
+        watched.fresh, watched.heard = now, heard
 
     def forget(self, node: NodeKey) -> None:
         """Stop watching."""
@@ -103,7 +115,7 @@ class Liveness:
             return None
         if watched.echoed < echo <= watched.sent:
             watched.echoed = echo
-            watched.fresh = now
+            watched.fresh, watched.heard = now, True
         self._nonce += 1
         watched.sent = self._nonce
         if not watched.echoed:
@@ -114,6 +126,11 @@ class Liveness:
         """Seconds since the last fresh echo, for people; 0 for a node that is not watched."""
         watched = self._nodes.get(node)
         return 0.0 if watched is None else max(0.0, now - watched.fresh)
+
+    def fresh(self, node: NodeKey, now: float) -> bool:
+        """Whether a node's echo came less than two beats ago; no grace counts here."""
+        watched = self._nodes.get(node)
+        return watched is not None and watched.heard and now - watched.fresh < LIVELY_BEATS * self.interval
 
     def tick(self, now: float) -> Verdict:
         """Judge everybody. Call it several times per beat."""

@@ -52,6 +52,9 @@ def run(
     min_servers: Annotated[
         int, typer.Option(help="Servers that must register before anything is placed, for evenness.")
     ] = DEFAULT.min_servers,
+    replicas: Annotated[
+        int, typer.Option(help="Copies of each partition, on different servers; 1 loses what a lost server held.")
+    ] = DEFAULT.replicas,
     heartbeat_interval: Annotated[
         float, typer.Option(help="Seconds between beats; at most a quarter of --failure-timeout.")
     ] = DEFAULT.heartbeat_interval,
@@ -94,8 +97,9 @@ def run(
     try:
         config = CoordinatorConfig(
             bind=bind, state=_state(state, ephemeral), job=job, start_workers=start_workers, min_workers=min_workers,
-            min_servers=min_servers, heartbeat_interval=heartbeat_interval, failure_timeout=failure_timeout,
-            client_timeout=client_timeout, gather=gather, step_timeout=step_timeout, insecure=insecure,
+            min_servers=min_servers, replicas=replicas, heartbeat_interval=heartbeat_interval,
+            failure_timeout=failure_timeout, client_timeout=client_timeout,
+            gather=gather, step_timeout=step_timeout, insecure=insecure,
         )  # fmt: skip
         code = asyncio.run(_run(config))
     except ConfigError as error:

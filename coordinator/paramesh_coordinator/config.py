@@ -14,7 +14,11 @@ from pathlib import Path
 from paramesh.errors import ConfigError
 from paramesh.routing import NAME
 
-__all__ = ["CoordinatorConfig", "parse_bind"]
+__all__ = ["MAX_REPLICAS", "CoordinatorConfig", "parse_bind"]
+
+MAX_REPLICAS = 7
+"""Copies of a partition. More is a mistake: every push waits for all of them, and six may be
+lost with seven."""
 
 BEATS_PER_TIMEOUT = 4
 """A failure timeout below four beats evicts on a single lost packet plus jitter."""
@@ -45,6 +49,10 @@ class CoordinatorConfig:
 
     min_servers: int = 1
     """Nothing is placed before that many servers have registered, so that placement is even."""
+
+    replicas: int = 1
+    """Copies of each partition, the ledger included; a table may say otherwise. With 2 a lost
+    server costs nothing that was acknowledged, and every push is sent on to one follower."""
 
     heartbeat_interval: float = 0.5
     """Between two beats. Lower finds death sooner and costs one small message per node and beat."""
@@ -90,6 +98,8 @@ class CoordinatorConfig:
                 raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
         if self.min_workers > self.start_workers:
             raise _wrong("min_workers", f"is {self.min_workers}, above start_workers ({self.start_workers})")
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise _wrong("replicas", f"is {self.replicas}, and must be within 1 and {MAX_REPLICAS}")
         self._check_times()
 
     def _check_times(self) -> None:

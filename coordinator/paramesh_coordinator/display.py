@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["draw_event", "draw_status", "draw_tables", "draw_workers", "make_console"]
+__all__ = ["draw_event", "draw_partitions", "draw_status", "draw_tables", "draw_workers", "make_console"]
 
 WIDE = 160
 """Columns when the output is not a terminal: a pipe must not wrap or cut cells."""
@@ -21,7 +21,7 @@ SHOWN_CLOSED = 10
 
 _COLOURS = {
     "live": "green", "online": "green", "active": "green", "between": "yellow", "idle": "yellow", "left": "dim",
-    "dead": "bold red", "offline": "bold red", "evicted": "red", "unknown": "yellow",
+    "degraded": "yellow", "dead": "bold red", "offline": "bold red", "evicted": "red", "unknown": "yellow",
 }  # fmt: skip
 
 
@@ -58,7 +58,10 @@ def draw_status(status: dict[str, Any]) -> RenderableType:
         ("  term ", "dim"), str(status["term"]), ("  map ", "dim"), str(status["map_version"]),
         ("  generation ", "dim"), str(status["generation"]), ("  up ", "dim"), f"{status['uptime_s']:.0f} s",
     )  # fmt: skip
-    parts: list[RenderableType] = [head, Text(), _servers(status["servers"]), Text(), *_ledger(status["ledger"])]
+    parts: list[RenderableType] = [head, Text(), _servers(status["servers"])]
+    if status["partitions"]:
+        parts.append(Text.assemble(("partitions ", "bold"), _states(status["partitions"])))
+    parts += [Text(), *_ledger(status["ledger"])]
     if status["tables"]:
         parts += [Text(), draw_tables(status["tables"])]
     parts += [Text(), draw_workers(status["workers"])]
@@ -70,10 +73,13 @@ def draw_status(status: dict[str, Any]) -> RenderableType:
 def _servers(servers: Sequence[dict[str, Any]]) -> RenderableType:
     if not servers:
         return Text("no server has registered yet; start ps-server --coordinator ADDRESS", style="yellow")
-    table = _table("servers", "name", "state", "address", ">bytes", ">partitions", ">in", ">out", ">silence", "reason")
+    table = _table(
+        "servers", "name", "state", "address", ">bytes", ">primaries", ">replicas", ">in", ">out", ">silence", "reason"
+    )
     for row in servers:
         table.add_row(
-            row["name"], _state(row["state"]), row["address"], _bytes(row["value_bytes"]), str(row["partitions"]),
+            row["name"], _state(row["state"]), row["address"], _bytes(row["value_bytes"]),
+            str(row["online"]), str(row["partitions"]),
             _bytes(row["bytes_in"]), _bytes(row["bytes_out"]),
             f"{row['silence_s']:.1f} s" if row["state"] == "live" else "-", row["reason"],
         )  # fmt: skip
@@ -107,6 +113,27 @@ def _progress(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return str(row["step"]), "-", "-", str(row["skipped_steps"])
 
 
+def _states(counts: dict[str, int]) -> Text:
+    return Text(", ").join(Text(f"{n} {word}", style=_COLOURS.get(word, "")) for word, n in counts.items())
+
+
+def draw_partitions(partitions: Sequence[dict[str, Any]]) -> RenderableType:
+    """One line per partition."""
+    if not partitions:
+        return Text("no partitions yet; the ledger is placed when enough servers have registered", style="yellow")
+    table = _table("partitions", ">id", "table", ">index", "state", ">epoch", "primary", "in sync", "catching up")
+    for row in partitions:
+        table.add_row(
+            str(row["partition"]), row["table"], str(row["index"]), _state(row["state"]), str(row["epoch"]),
+            row["primary"]["name"], _refs(row["in_sync"]), _refs(row["learners"]),
+        )  # fmt: skip
+    return table
+
+
+def _refs(refs: Sequence[dict[str, str]]) -> str:
+    return ", ".join(ref["name"] for ref in refs) or "-"
+
+
 def draw_tables(tables: Sequence[dict[str, Any]]) -> RenderableType:
     """One line per table; with schema columns where they were read."""
     if not tables:
@@ -115,7 +142,7 @@ def draw_tables(tables: Sequence[dict[str, Any]]) -> RenderableType:
     extra = (">tensors", ">parameters", ">bytes", "dtype", "optimizer") if described else ()
     table = _table("tables", "name", ">id", "group", ">partitions", "state", "on servers", *extra)
     for row in tables:
-        states = Text(", ").join(Text(f"{n} {word}", style=_COLOURS.get(word, "")) for word, n in row["states"].items())
+        states = _states(row["states"])
         on = ", ".join(f"{name}: {count}" for name, count in sorted(row["servers"].items()))
         cells = [row["name"], str(row["table_id"]), row["group"], str(row["partitions"]), states, on]
         if described:
@@ -152,7 +179,7 @@ def draw_event(event: dict[str, Any]) -> Text:
     when = datetime.fromtimestamp(event["wall_time_ms"] / 1000).strftime("%Y-%m-%d %H:%M:%S")
     evidence = json.loads(event["evidence"])
     said = "  ".join(f"{key}={json.dumps(value)}" for key, value in evidence.items())
-    bad = any(word in event["kind"] for word in ("dead", "evicted"))
+    bad = any(word in event["kind"] for word in ("dead", "evicted", "offline"))
     return Text.assemble(
         (f"{event['id']:>6} ", "dim"), (f"{when} ", "dim"), (f"{event['kind']} ", "bold red" if bad else "bold"),
         f"{event['subject']}  ", (said, "dim"),

@@ -22,12 +22,13 @@ from typing import Any, TypeVar
 from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import coordinator_pb2 as co
 
-from paramesh_coordinator import membership
+from paramesh_coordinator import membership, replicas
 from paramesh_coordinator.checkers import Liveness, Silent
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.feed import MapFeed
+from paramesh_coordinator.planning import Recent
 from paramesh_coordinator.rows import JobRow, encode
-from paramesh_coordinator.state import ClusterState, Draft, NodeKey, Registered, build_map
+from paramesh_coordinator.state import ClusterState, Draft, Ended, NodeKey, Registered, build_map
 from paramesh_coordinator.store.base import MetaStore
 
 __all__ = ["Driver", "boottime", "fresh_job"]
@@ -54,7 +55,7 @@ def fresh_job(config: CoordinatorConfig) -> JobRow:
         name=config.job,
         start_workers=config.start_workers,
         min_workers=config.min_workers,
-        replicas=1,
+        replicas=config.replicas,
         gather_ms=round(config.gather * 1000),
         step_timeout_ms=round(config.step_timeout * 1000),
         push_timeout_ms=round(config.push_timeout * 1000),
@@ -86,6 +87,8 @@ class Driver:
         self.state = ClusterState.load(store.scan(""), fresh_job(config))
         self.feed = MapFeed(build_map(self.state, store.term))
         self.liveness = self._new_liveness()
+        self.recent = Recent()
+        """What happened lately, by the clock."""
         self.figures: dict[NodeKey, co.HeartbeatRequest] = {}
         """The last beat of each node, for people."""
         self._listeners: list[Callable[[], None]] = []
@@ -116,7 +119,7 @@ class Driver:
         """
         now = self.clock()
         for node in self.state.beating():
-            self.liveness.track(node, now)
+            self.liveness.track(node, now, heard=False)
         self._spawn(self._take_decisions(), "decisions")
         restarted = self.state.job.map_version > 0
         if not restarted:
@@ -126,6 +129,7 @@ class Driver:
 
     def _begin(self, draft: Draft, restarted: bool) -> None:
         draft.raise_map()  # so that every watcher learns the new term
+        replicas.adopt(draft)
         draft.audit(
             "coordinator_restarted" if restarted else "coordinator_started",
             self.config.job,
@@ -187,7 +191,8 @@ class Driver:
                     answer.set_result(result)
 
     async def _decide(self, decision: Decision) -> Any:
-        draft = Draft(self.state, self.term, round(self._wall() * 1000))
+        senses = self.recent.senses(self.liveness, self.clock())
+        draft = Draft(self.state, self.term, round(self._wall() * 1000), senses)
         result = decision(draft)
         if draft.writes:
             await self._commit(draft)
@@ -210,11 +215,14 @@ class Driver:
         for effect in draft.effects:
             if isinstance(effect, Registered):
                 self.liveness.track(effect.node, self.clock())
-            else:
+            elif isinstance(effect, Ended):
                 self.liveness.forget(effect.node)
                 self.figures.pop(effect.node, None)
+            else:
+                self.recent.note(effect, self.clock())
         for kind, subject, evidence in draft.audited:
-            log.info("decided kind=%s subject=%s evidence=%s", kind, subject, evidence)
+            level = logging.ERROR if kind == "partition_offline" else logging.INFO
+            log.log(level, "decided kind=%s subject=%s evidence=%s", kind, subject, evidence)
         if self.state.job.map_version != self.feed.current.version:
             self.feed.publish(build_map(self.state, self.term))
         if draft.writes:
@@ -262,13 +270,12 @@ class Driver:
 
     def _declare(self, draft: Draft, dead: tuple[Silent, ...]) -> None:
         now = self.clock()
-        for one in dead:
-            # Somebody may have been heard while this decision waited in the queue.
-            if self.liveness.silence(one.node, now) > one.timeout:
-                membership.silent(draft, one.node, one.silence, one.timeout)
+        # Somebody may have been heard while this decision waited in the queue.
+        still = [one for one in dead if self.liveness.silence(one.node, now) > one.timeout]
+        membership.all_silent(draft, still)
 
     def settings_differ(self) -> list[str]:
         """Settings that the job agreed on at its start and this start's flags contradict."""
         mine, agreed = fresh_job(self.config), self.state.job
-        agreed_on = ("start_workers", "min_workers", "gather_ms", "step_timeout_ms", "push_timeout_ms")
+        agreed_on = ("start_workers", "min_workers", "replicas", "gather_ms", "step_timeout_ms", "push_timeout_ms")
         return [name for name in agreed_on if getattr(mine, name) != getattr(agreed, name)]

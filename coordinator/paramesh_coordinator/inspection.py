@@ -27,7 +27,7 @@ from paramesh.v1.ledger_pb2_grpc import LedgerStub
 
 from paramesh_coordinator.operators import LEDGER
 
-__all__ = ["read_events", "read_status", "read_tables"]
+__all__ = ["promote", "read_events", "read_partitions", "read_status", "read_tables"]
 
 REACH_SECONDS = 4.0
 """For all addresses together, so that a mistyped one is an error message within 5 s."""
@@ -229,6 +229,48 @@ def _schema(spec: pb.TableSpec) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "optimizer": spec.optimizer.class_name,
     }
+
+
+async def read_partitions(addresses: Sequence[str], job: str) -> list[dict[str, Any]]:
+    """Every partition: where it is, who is in sync, who catches up.
+
+    Raises:
+        ParameshError: UNREACHABLE, or the coordinator's refusal.
+    """
+    answer, _ = await _ask(addresses, AdminStub, "GetStatus", co.GetStatusRequest(request=header(job)))
+    tables = {entry.table_id: entry.name for entry in answer.map.tables}
+    return [_partition(row, tables.get(row.table_id, "ledger")) for row in answer.map.partitions]
+
+
+def _partition(row: pb.Partition, table: str) -> dict[str, Any]:
+    return {
+        "partition": row.id,
+        "table": table,
+        "index": row.index,
+        "state": _PARTITION[row.state],
+        "epoch": row.epoch,
+        "version": row.version,
+        "primary": _ref(row.primary),
+        "in_sync": [_ref(ref) for ref in row.isr],
+        "learners": [_ref(ref) for ref in row.learners],
+    }
+
+
+def _ref(ref: pb.ReplicaRef) -> dict[str, str]:
+    return {"name": ref.node, "incarnation": f"{ref.incarnation:x}"}
+
+
+async def promote(addresses: Sequence[str], job: str, partition: int, server: str) -> dict[str, Any]:
+    """Give an offline partition to an incomplete replica, with loss; the partition's new row.
+
+    Raises:
+        ParameshError: UNREACHABLE, or the coordinator's refusal, which says what to do first.
+    """
+    request = co.PromoteReplicaRequest(request=header(job), partition=partition, server=server, accept_loss=True)
+    answer, _ = await _ask(addresses, AdminStub, "PromoteReplica", request)
+    tables = {entry.table_id: entry.name for entry in answer.map.tables}
+    row = next(row for row in answer.map.partitions if row.id == partition)
+    return _partition(row, tables.get(row.table_id, "ledger"))
 
 
 async def read_events(addresses: Sequence[str], job: str, after: int, limit: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paramesh.errors import refuse
@@ -16,13 +17,14 @@ from paramesh.routing import check_name
 
 from paramesh_coordinator import operators
 from paramesh_coordinator.catalog import form_ledger
+from paramesh_coordinator.checkers import Silent
+from paramesh_coordinator.failover import Settled, forget, settle, tell_offline
 from paramesh_coordinator.rows import (
     ClientRow,
     ClientState,
     HostRow,
     NodeState,
     PartitionRow,
-    PartitionState,
     Ref,
     ServerRow,
     moved,
@@ -32,6 +34,7 @@ from paramesh_coordinator.state import Draft, Ended, NodeKey, Registered
 __all__ = [
     "KEPT_CLIENTS",
     "ClientHello",
+    "all_silent",
     "check_incarnation",
     "client_left",
     "exit_of_host",
@@ -127,11 +130,11 @@ def _check_name_is_free(kind: str, name: str, where: str, *, replace: bool, old_
 
 def _bury_predecessors(draft: Draft, hello: ServerRow) -> None:
     """Registering as a new incarnation is positive death of every earlier one."""
-    held = {row.primary for row in draft.rows(PartitionRow)}
-    for row in draft.rows(ServerRow):
-        if row.name != hello.name or row.ref == hello.ref:
-            continue
+    earlier = [row for row in draft.rows(ServerRow) if row.name == hello.name and row.ref != hello.ref]
+    for row in earlier:
         _end_server(draft, row, NodeState.DEAD, f"replaced by incarnation {hello.incarnation:x}", certain=True)
+    held = {ref for part in draft.rows(PartitionRow) for ref in (part.primary, *part.holders)}
+    for row in earlier:
         if row.ref not in held:
             draft.delete(row)  # nothing in the map names it any more
 
@@ -139,33 +142,42 @@ def _bury_predecessors(draft: Draft, hello: ServerRow) -> None:
 def _revive(draft: Draft, row: ServerRow) -> None:
     """The very process that fell silent speaks again, so its memory is still there.
 
-    It was the only in-sync replica of its partitions: they come back under a new epoch.
+    Partitions that were offline and have it in sync come back with it under a new epoch.
     """
     draft.put(dataclasses.replace(row, state=moved(row.state, NodeState.LIVE), reason=""))
-    back = []
-    for part in draft.rows(PartitionRow):
-        if part.primary == row.ref and part.state is PartitionState.OFFLINE:
-            online = moved(part.state, PartitionState.ONLINE)
-            draft.put(dataclasses.replace(part, state=online, epoch=part.epoch + 1))
-            back.append(part.partition)
+    settled = settle(draft, revived=row.ref)
+    back = [partition for partition, new in settled.promoted.items() if new == row.ref]
     draft.audit("server_heard_again", row.name, incarnation=row.incarnation, was=row.reason, partitions=back)
 
 
 def _end_server(
     draft: Draft, row: ServerRow, state: NodeState, reason: str, *, certain: bool, **evidence: object
 ) -> None:
+    """It left, or its end is certain, or has become so: others take over in the same transaction."""
     if row.state is not NodeState.LIVE:
         if certain and row.state is NodeState.DEAD and not row.certain:
-            draft.put(dataclasses.replace(row, certain=True))
+            _now_certain(draft, row, reason)
         return
+    _mark_ended(draft, row, state, reason, certain=certain)
+    settled = settle(draft)
+    about = {"incarnation": row.incarnation, "reason": reason} | settled.evidence(row.ref) | evidence
+    draft.audit(f"server_{state}", row.name, **about)
+    tell_offline(draft, settled.offline)
+
+
+def _mark_ended(draft: Draft, row: ServerRow, state: NodeState, reason: str, *, certain: bool) -> None:
     draft.put(dataclasses.replace(row, state=moved(row.state, state), reason=reason, certain=certain))
-    lost = []
-    for part in draft.rows(PartitionRow):
-        if part.primary == row.ref and part.state is PartitionState.ONLINE:
-            draft.put(dataclasses.replace(part, state=moved(part.state, PartitionState.OFFLINE)))
-            lost.append(part.partition)
     draft.effects.append(Ended(NodeKey("server", *row.ref)))
-    draft.audit(f"server_{state}", row.name, incarnation=row.incarnation, reason=reason, offline=lost, **evidence)
+    forget(draft, row.ref, certain=certain)
+
+
+def _now_certain(draft: Draft, row: ServerRow, evidence: str) -> None:
+    """One that was dead for silence is known to have ended: in-sync sets need not wait for it."""
+    draft.put(dataclasses.replace(row, certain=True))
+    forget(draft, row.ref, certain=True)
+    settled = settle(draft)
+    about = {"incarnation": row.incarnation, "was": row.reason, "evidence": evidence}
+    draft.audit("server_death_certain", row.name, **about, **settled.evidence(row.ref))
 
 
 def _server(draft: Draft, ref: Ref) -> ServerRow | None:
@@ -180,7 +192,7 @@ def exit_of_server(draft: Draft, ref: Ref, exit_code: int) -> None:
 
 
 def server_left(draft: Draft, ref: Ref) -> None:
-    """A server says goodbye; without another replica its partitions go with it."""
+    """A server says goodbye; others take over what they have in sync, the rest goes with it."""
     row = _server(draft, ref)
     if row is not None:
         _end_server(draft, row, NodeState.LEFT, "shut down", certain=True)
@@ -330,21 +342,47 @@ def _close(draft: Draft, row: ClientRow, state: ClientState, why: str, **evidenc
 
 
 def silent(draft: Draft, node: NodeKey, silence: float, timeout: float) -> None:
-    """Declare a node dead for silence; nothing if it is not live any more."""
-    seconds = round(silence, 3)
-    reason = f"silent for {silence:.1f} s"
-    if node.kind == "server":
-        server = _server(draft, Ref(node.name, node.incarnation))
-        if server is not None:
-            _end_server(draft, server, NodeState.DEAD, reason, certain=False, silence_s=seconds, timeout_s=timeout)
-    elif node.kind == "host":
-        host = _host(draft, Ref(node.name, node.incarnation))
-        if host is not None:
-            _end_host(draft, host, NodeState.DEAD, reason, certain=False, silence_s=seconds, timeout_s=timeout)
-    else:
-        client = draft.client(int(node.name))
-        if client is not None:
-            _evict(draft, client, reason, silence_s=seconds, timeout_s=timeout)
+    """Declare one node dead for silence; nothing if it is not live any more."""
+    all_silent(draft, [Silent(node, silence, timeout)])
+
+
+def all_silent(draft: Draft, dead: Sequence[Silent]) -> None:
+    """Declare nodes dead for silence; nothing happens to those that are not live any more.
+
+    All servers among them end before anything is given to another, so that no partition
+    goes from one silent server to the next.
+    """
+    servers = [one for one in dead if one.node.kind == "server"]
+    ended = [(row, one) for one in servers if (row := _live_server(draft, one.node)) is not None]
+    for row, one in ended:
+        _mark_ended(draft, row, NodeState.DEAD, _silence(one), certain=False)
+    settled = settle(draft) if ended else Settled()
+    for row, one in ended:
+        about = {"incarnation": row.incarnation, "reason": _silence(one)} | settled.evidence(row.ref)
+        draft.audit("server_dead", row.name, **about, **_seconds(one))
+    tell_offline(draft, settled.offline)
+    for one in dead:
+        if one.node.kind == "host":
+            host = _host(draft, Ref(one.node.name, one.node.incarnation))
+            if host is not None:
+                _end_host(draft, host, NodeState.DEAD, _silence(one), certain=False, **_seconds(one))
+        elif one.node.kind == "client":
+            client = draft.client(int(one.node.name))
+            if client is not None:
+                _evict(draft, client, _silence(one), **_seconds(one))
+
+
+def _live_server(draft: Draft, node: NodeKey) -> ServerRow | None:
+    row = _server(draft, Ref(node.name, node.incarnation))
+    return row if row is not None and row.state is NodeState.LIVE else None
+
+
+def _silence(one: Silent) -> str:
+    return f"silent for {one.silence:.1f} s"
+
+
+def _seconds(one: Silent) -> dict[str, float]:
+    return {"silence_s": round(one.silence, 3), "timeout_s": one.timeout}
 
 
 def ending(exit_code: int) -> str:

@@ -4,6 +4,13 @@ A client that died: its row is closed and an operation written in one transactio
 EVICT at the ledger's primary, then FENCE at every live server, then the operation goes.
 A restart finds the operation and goes on; both calls are idempotent at the servers.
 
+Promotions do not lose any of it. EVICT goes to whoever is the ledger's primary when it is
+sent, and a confirmed one is committed, so it is in every in-sync log. A confirmed FENCE is
+committed in the partitions that the server was the primary of; of all others the server
+remembers the client, and appends its FENCE when it becomes their primary. That promise of
+the servers is relied on once an operation is finished. Until then who is promoted is asked
+again as well (`ask_again`).
+
     for call in next_calls(operation, state): ...send it...
     confirm(draft, call)
 """
@@ -11,6 +18,7 @@ A restart finds the operation and goes on; both calls are idempotent at the serv
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +35,10 @@ from paramesh_coordinator.rows import (
 if TYPE_CHECKING:
     from paramesh_coordinator.state import ClusterState, Draft
 
-__all__ = ["LEDGER", "Call", "close_client", "confirm", "describe", "fence_at_newcomer", "finish", "next_calls"]
+__all__ = [
+    "LEDGER", "Call", "ask_again", "close_client", "confirm", "describe", "fence_at_newcomer", "finish", "finished",
+    "next_calls",
+]  # fmt: skip
 
 LEDGER = 0
 """The ledger's partition."""
@@ -99,8 +110,20 @@ def confirm(draft: Draft, call: Call) -> None:
     draft.put(done)
 
 
+def ask_again(draft: Draft, promoted: Collection[Ref]) -> None:
+    """Servers became primaries: what they confirmed of unfinished FENCEs, they confirmed as less."""
+    names = {str(ref) for ref in promoted}
+    for operation in draft.rows(OperationRow) if names else ():
+        if names.intersection(operation.confirmed):
+            left = tuple(name for name in operation.confirmed if name not in names)
+            draft.put(dataclasses.replace(operation, confirmed=left))
+
+
 def finish(draft: Draft, operation: OperationRow) -> None:
-    """Forget an operation that has nothing left to do."""
+    """Forget an operation that has nothing left to do; nothing if it has again by now."""
+    current = next((row for row in draft.rows(OperationRow) if row.operation == operation.operation), None)
+    if current is None or not finished(current, draft.state):
+        return
     moved(operation.stage, Stage.DONE)
     draft.delete(operation)
     draft.audit("fence_confirmed", ",".join(map(str, operation.clients[:8])), operation=operation.operation)

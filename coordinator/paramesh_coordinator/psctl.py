@@ -1,6 +1,6 @@
 """`psctl`: look at a running cluster.
 
-psctl status | tables | workers | events, each with --json and --watch.
+psctl status | tables | partitions | workers | events, each with --json and --watch; and promote.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from paramesh_coordinator.display import draw_event, draw_status, draw_tables, draw_workers, make_console
-from paramesh_coordinator.inspection import read_events, read_status, read_tables
+from paramesh_coordinator.display import (
+    draw_event,
+    draw_partitions,
+    draw_status,
+    draw_tables,
+    draw_workers,
+    make_console,
+)
+from paramesh_coordinator.inspection import promote, read_events, read_partitions, read_status, read_tables
 
 __all__ = ["main"]
 
@@ -100,6 +107,48 @@ def tables(
     """Tables: schema, size, optimizer, partitions, and on which servers they are."""
     target = _target(context, coordinator, job)
     _show(lambda: target.read(read_tables), draw_tables, as_json, watch)
+
+
+@app.command()
+def partitions(
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+) -> None:
+    """Partitions: state, primary, who is in sync and who catches up; 0 is the ledger."""
+    target = _target(context, coordinator, job)
+    _show(lambda: target.read(read_partitions), draw_partitions, as_json, watch)
+
+
+@app.command("promote")
+def promote_replica(
+    context: typer.Context,
+    partition: Annotated[int, typer.Argument(min=0, max=2**32 - 1, help="Number of an offline partition.")],
+    server: Annotated[str, typer.Argument(help="Name of a live server that is catching up with it.")],
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Required: updates that only lost servers had are gone for good.")
+    ] = False,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give an offline partition to an incomplete copy, when every complete one has ended.
+
+    Refused while a complete copy may still come back: the message names it. `psctl partitions`
+    lists who is catching up. Rather load a checkpoint, if there is one.
+    """
+    if not accept_loss:
+        typer.echo(
+            "psctl: promote: an incomplete copy lacks updates that were acknowledged; they are lost if it is "
+            "promoted. Say --accept-loss if that is meant",
+            err=True,
+        )
+        raise typer.Exit(2)
+    target = _target(context, coordinator, job)
+    body = _once(lambda: target.read(promote, partition, server), lambda row: draw_partitions([row]), as_json)
+    _run(body)
 
 
 @app.command()

@@ -234,7 +234,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class PartitionRow:
-    """One partition and the one process that holds it."""
+    """One partition and the processes that hold it."""
 
     PREFIX: ClassVar[str] = "partition/"
 
@@ -249,11 +249,30 @@ class PartitionRow:
     epoch: int = 1
     """Only rises, at every change of primary."""
     state: PartitionState = PartitionState.ONLINE
+    isr: tuple[Ref, ...] = ()
+    """Who has everything that was ever acknowledged; never empty. The primary comes first,
+    unless OFFLINE: then whom it waits for. Rows of before replication mean the primary alone."""
+    learners: tuple[Ref, ...] = ()
+    """Who is catching up."""
+    replicas: int = 1
+    """How many in-sync replicas are wanted."""
+    version: int = 0
+    """Of the map in which the row last changed; `Draft.put` sets it. Rows of before replication
+    have 0 until the coordinator's first decision."""
+
+    def __post_init__(self) -> None:
+        if not self.isr:
+            object.__setattr__(self, "isr", (self.primary,))
 
     @property
     def primary(self) -> Ref:
         """The process that acknowledges under this epoch."""
         return Ref(self.server, self.incarnation)
+
+    @property
+    def holders(self) -> tuple[Ref, ...]:
+        """Every process that holds a replica, complete or not."""
+        return (*self.isr, *self.learners)
 
     @property
     def key(self) -> str:
@@ -345,5 +364,5 @@ def _typed(hint: typing.Any, value: typing.Any) -> typing.Any:
     if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
         return hint(value)
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
+        return tuple(Ref(*item) if typing.get_args(hint)[0] is Ref else item for item in value)
     return value

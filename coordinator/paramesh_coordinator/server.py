@@ -19,13 +19,15 @@ from paramesh.v1.coordinator_pb2_grpc import (
     add_CatalogServicer_to_server,
     add_MapServiceServicer_to_server,
     add_MembershipServicer_to_server,
+    add_ReplicasServicer_to_server,
 )
 
 from paramesh_coordinator.admin import AdminService
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.errands import Errands
-from paramesh_coordinator.servicer import CatalogService, MapService, MembershipService
+from paramesh_coordinator.planning import Planning
+from paramesh_coordinator.servicer import CatalogService, MapService, MembershipService, ReplicasService
 from paramesh_coordinator.store import MemoryStore, MetaStore, SqliteStore
 
 __all__ = ["CoordinatorServer"]
@@ -50,6 +52,7 @@ class CoordinatorServer:
         self._store: MetaStore | None = None
         self._driver: Driver | None = None
         self._errands: Errands | None = None
+        self._planning: Planning | None = None
         self._server: grpc.aio.Server | None = None
         self._address = ""
 
@@ -79,6 +82,8 @@ class CoordinatorServer:
             await self._driver.start()
             self._errands = Errands(self._driver)
             self._errands.start()
+            self._planning = Planning(self._driver)
+            self._planning.start()
             await _serve(server, self._driver)
         except BaseException as error:
             await server.stop(None)
@@ -109,6 +114,9 @@ class CoordinatorServer:
         if self._server is not None:
             await self._server.stop(GRACE_SECONDS)
             self._server = None
+        if self._planning is not None:
+            await self._planning.stop()
+            self._planning = None
         if self._errands is not None:
             await self._errands.stop()
             self._errands = None
@@ -142,6 +150,7 @@ async def _serve(server: grpc.aio.Server, driver: Driver) -> None:
     add_MembershipServicer_to_server(MembershipService(driver), server)
     add_MapServiceServicer_to_server(MapService(driver), server)
     add_CatalogServicer_to_server(CatalogService(driver), server)
+    add_ReplicasServicer_to_server(ReplicasService(driver), server)
     add_AdminServicer_to_server(AdminService(driver), server)
     healthy = health.aio.HealthServicer()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -1,7 +1,7 @@
-"""The coordinator's four services: from messages to decisions and back.
+"""The coordinator's services but for people's: from messages to decisions and back.
 
 Each method checks the header, asks the driver for a decision and builds the answer. Rules
-live in `membership` and `catalog`; a refusal raised there leaves by `paramesh.status`.
+live in `membership`, `catalog` and `replicas`; a refusal raised there leaves by `paramesh.status`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from paramesh.errors import ParameshError, refuse
 from paramesh.routing import cut
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
-from paramesh.v1.coordinator_pb2_grpc import CatalogServicer, MapServiceServicer, MembershipServicer
+from paramesh.v1.coordinator_pb2_grpc import (
+    CatalogServicer,
+    MapServiceServicer,
+    MembershipServicer,
+    ReplicasServicer,
+)
 
-from paramesh_coordinator import catalog, membership
+from paramesh_coordinator import catalog, membership, replicas
 from paramesh_coordinator.dialling import check_address, is_gone
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import ClientState, HostRow, Ref, ServerRow, TableRow
 from paramesh_coordinator.state import NodeKey, table_entry
 
-__all__ = ["CatalogService", "MapService", "MembershipService", "check"]
+__all__ = ["CatalogService", "MapService", "MembershipService", "ReplicasService", "check"]
 
 REPEAT_SECONDS = 10.0
 """A watcher that hears nothing for longer knows that its stream is dead."""
@@ -236,3 +241,24 @@ class CatalogService(CatalogServicer):
         check(self._driver, request.request)
         row, spec = catalog.table_spec(self._driver.state, request.table_id)
         return co.DescribeTableResponse(entry=table_entry(row), spec=spec)
+
+
+class ReplicasService(ReplicasServicer):
+    """In-sync sets."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+
+    async def ChangeIsr(self, request: co.ChangeIsrRequest, context: Context) -> co.ChangeIsrResponse:
+        """Decide all wishes in one transaction; the map says what came of each."""
+        check(self._driver, request.request)
+        asking = _ref(request.primary)
+        wishes = [
+            replicas.Wish(c.partition, c.epoch, c.version, tuple(map(_ref, c.isr)), c.why) for c in request.changes
+        ]
+        done = await self._driver.decide(lambda draft: replicas.change_isr(draft, asking, wishes))
+        return co.ChangeIsrResponse(done=done, map=self._driver.feed.current)
+
+
+def _ref(ref: pb.ReplicaRef) -> Ref:
+    return Ref(ref.node, ref.incarnation)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from paramesh.v1 import types_pb2 as pb
 
@@ -43,11 +43,14 @@ __all__ = [
     "NODE_STATES",
     "ClusterState",
     "Draft",
+    "Dropped",
     "Effect",
     "Ended",
+    "FailedOver",
     "Kind",
     "NodeKey",
     "Registered",
+    "Senses",
     "build_map",
     "map_node",
     "table_entry",
@@ -86,7 +89,35 @@ class Ended:
     node: NodeKey
 
 
-Effect = Registered | Ended
+@dataclass(frozen=True)
+class FailedOver:
+    """Effect: a partition got another primary although the old one is only silent."""
+
+    partition: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Effect: a primary has taken a process out of an in-sync set."""
+
+    partition: int
+    ref: Ref
+
+
+Effect = Registered | Ended | FailedOver | Dropped
+
+
+@dataclass(frozen=True)
+class Senses:
+    """What only the running coordinator knows at the moment of a decision; lost at a restart."""
+
+    fresh: Callable[[Ref], bool] = lambda _: True
+    """Whether a server's echo came less than two beats ago."""
+    held_back: frozenset[int] = frozenset()
+    """Partitions that failed over for silence lately: the next time needs positive death."""
+    dropped: Mapping[tuple[int, Ref], float] = field(default_factory=dict)
+    """(partition, server) -> seconds since its primary took it out of the in-sync set."""
+
 
 RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow)
 
@@ -173,10 +204,12 @@ class Draft:
         effects: what to do once they are committed, in order.
         audited: (kind, subject, evidence) of each audit line, for the log.
         wall_ms: the wall clock, for audit lines only.
+        senses: what is known beside the rows.
     """
 
-    def __init__(self, state: ClusterState, term: int, wall_ms: int):
+    def __init__(self, state: ClusterState, term: int, wall_ms: int, senses: Senses | None = None):
         self.state = state
+        self.senses = senses or Senses()
         self.term = term
         self.wall_ms = wall_ms
         self.writes: dict[str, Row | None] = {}
@@ -201,10 +234,12 @@ class Draft:
         return {key: None if row is None else encode(row) for key, row in self.writes.items()}
 
     def put(self, row: Row) -> None:
-        """Write a row; the map's version rises if the map shows it."""
-        self.writes[row.key] = row
+        """Write a row; the map's version rises if the map shows it, and a partition's with it."""
         if isinstance(row, ServerRow | TableRow | PartitionRow):
             self.raise_map()
+        if isinstance(row, PartitionRow):
+            row = dataclasses.replace(row, version=self.job.map_version)
+        self.writes[row.key] = row
 
     def delete(self, row: Row) -> None:
         """Remove a row."""
@@ -247,6 +282,12 @@ class Draft:
         """Servers that are neither dead nor gone, by name."""
         return [row for row in self.rows(ServerRow) if row.state is NodeState.LIVE]
 
+    def partition(self, partition: int) -> PartitionRow | None:
+        """A partition's row, or None before it exists."""
+        key = f"{PartitionRow.PREFIX}{partition:010d}"
+        row = self.writes.get(key, self.state.rows(PartitionRow).get(key))
+        return row if isinstance(row, PartitionRow) else None
+
     def host(self, name: str) -> HostRow | None:
         """The newest process of a supervisor."""
         return next((row for row in self.rows(HostRow) if row.name == name), None)
@@ -270,6 +311,7 @@ _PARTITION_STATES = {
 def build_map(state: ClusterState, term: int) -> pb.PartitionMap:
     """The map as everybody sees it."""
     job = state.job
+    live = {row.ref for row in state.live_servers()}
     return pb.PartitionMap(
         version=job.map_version,
         job=job.name,
@@ -277,7 +319,7 @@ def build_map(state: ClusterState, term: int) -> pb.PartitionMap:
         term=term,
         nodes=[map_node(row) for _, row in sorted(state.rows(ServerRow).items())],
         tables=[table_entry(row) for _, row in sorted(state.rows(TableRow).items())],
-        partitions=[_partition(row) for _, row in sorted(state.rows(PartitionRow).items())],
+        partitions=[_partition(row, live) for _, row in sorted(state.rows(PartitionRow).items())],
         config=pb.JobConfig(
             start_workers=job.start_workers,
             min_workers=job.min_workers,
@@ -317,13 +359,18 @@ def table_entry(row: TableRow) -> pb.TableEntry:
     )
 
 
-def _partition(row: PartitionRow) -> pb.Partition:
+def _partition(row: PartitionRow, live: set[Ref]) -> pb.Partition:
+    shown = _PARTITION_STATES[row.state]
+    if row.state is PartitionState.ONLINE and sum(ref in live for ref in row.isr) < row.replicas:
+        shown = pb.PARTITION_STATE_DEGRADED
     return pb.Partition(
         id=row.partition,
         table_id=row.table_id,
         index=row.index,
         epoch=row.epoch,
         primary=_ref(row.primary),
-        isr=[_ref(row.primary)],
-        state=_PARTITION_STATES[row.state],
+        isr=[_ref(ref) for ref in row.isr],
+        learners=[_ref(ref) for ref in row.learners],
+        state=shown,
+        version=row.version,
     )

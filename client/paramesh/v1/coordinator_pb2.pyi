@@ -793,6 +793,51 @@ class ListEventsResponse(google.protobuf.message.Message):
 global___ListEventsResponse = ListEventsResponse
 
 @typing.final
+class PromoteReplicaRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    SERVER_FIELD_NUMBER: builtins.int
+    ACCEPT_LOSS_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    server: builtins.str
+    """server is the name of a live one that the row lists as a learner."""
+    accept_loss: builtins.bool
+    """accept_loss says that the caller knows what this does. MISSING_FIELD if false."""
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        partition: builtins.int = ...,
+        server: builtins.str = ...,
+        accept_loss: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accept_loss", b"accept_loss", "partition", b"partition", "request", b"request", "server", b"server"]) -> None: ...
+
+global___PromoteReplicaRequest = PromoteReplicaRequest
+
+@typing.final
+class PromoteReplicaResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAP_FIELD_NUMBER: builtins.int
+    @property
+    def map(self) -> paramesh.v1.types_pb2.PartitionMap: ...
+    def __init__(
+        self,
+        *,
+        map: paramesh.v1.types_pb2.PartitionMap | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["map", b"map"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["map", b"map"]) -> None: ...
+
+global___PromoteReplicaResponse = PromoteReplicaResponse
+
+@typing.final
 class IsrChange(google.protobuf.message.Message):
     """IsrChange is a primary's wish for one partition."""
 

@@ -687,6 +687,11 @@ class AdminStub(object):
                 request_serializer=paramesh_dot_v1_dot_coordinator__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ListEventsResponse.FromString,
                 _registered_method=True)
+        self.PromoteReplica = channel.unary_unary(
+                '/paramesh.v1.Admin/PromoteReplica',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -708,6 +713,15 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PromoteReplica(self, request, context):
+        """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
+        ended, to an incomplete one: acknowledged updates may be lost. Refused with
+        PARTITION_OFFLINE while an in-sync replica may still come back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -720,6 +734,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListEvents,
                     request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ListEventsRequest.FromString,
                     response_serializer=paramesh_dot_v1_dot_coordinator__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'PromoteReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteReplica,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -779,6 +798,33 @@ class Admin(object):
             '/paramesh.v1.Admin/ListEvents',
             paramesh_dot_v1_dot_coordinator__pb2.ListEventsRequest.SerializeToString,
             paramesh_dot_v1_dot_coordinator__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Admin/PromoteReplica',
+            paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

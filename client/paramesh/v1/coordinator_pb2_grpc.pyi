@@ -354,6 +354,15 @@ class AdminStub:
     ]
     """ListEvents returns the audit table, newest last."""
 
+    PromoteReplica: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.PromoteReplicaRequest,
+        paramesh.v1.coordinator_pb2.PromoteReplicaResponse,
+    ]
+    """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
+    ended, to an incomplete one: acknowledged updates may be lost. Refused with
+    PARTITION_OFFLINE while an in-sync replica may still come back.
+    """
+
 class AdminAsyncStub:
     """Admin is psctl's.
 
@@ -370,6 +379,15 @@ class AdminAsyncStub:
         paramesh.v1.coordinator_pb2.ListEventsResponse,
     ]
     """ListEvents returns the audit table, newest last."""
+
+    PromoteReplica: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.PromoteReplicaRequest,
+        paramesh.v1.coordinator_pb2.PromoteReplicaResponse,
+    ]
+    """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
+    ended, to an incomplete one: acknowledged updates may be lost. Refused with
+    PARTITION_OFFLINE while an in-sync replica may still come back.
+    """
 
 class AdminServicer(metaclass=abc.ABCMeta):
     """Admin is psctl's.
@@ -391,5 +409,16 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[paramesh.v1.coordinator_pb2.ListEventsResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.ListEventsResponse]]:
         """ListEvents returns the audit table, newest last."""
+
+    @abc.abstractmethod
+    def PromoteReplica(
+        self,
+        request: paramesh.v1.coordinator_pb2.PromoteReplicaRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.PromoteReplicaResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.PromoteReplicaResponse]]:
+        """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
+        ended, to an incomplete one: acknowledged updates may be lost. Refused with
+        PARTITION_OFFLINE while an in-sync replica may still come back.
+        """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -21,8 +21,11 @@ from paramesh_coordinator.store.base import StoreConflict, StoreError, Watcher, 
 
 __all__ = ["SCHEMA_VERSION", "SqliteStore"]
 
-SCHEMA_VERSION = 1
-"""Of the file. Raised when the rows of an older release could not be read."""
+SCHEMA_VERSION = 2
+"""Of the file. Raised when an older release could not read the rows of this one: 2 has in-sync sets."""
+
+READABLE = frozenset({1, SCHEMA_VERSION})
+"""Versions whose rows this release reads; opening raises the file's to the newest."""
 
 PRIVATE = 0o600
 """The file names addresses and job structure; nobody else's business."""
@@ -178,9 +181,12 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if version == SCHEMA_VERSION:
         return
+    if version in READABLE:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION:d}")
+        return
     if version or tables:
         raise _wrong(
-            f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+            f"{path} has schema version {version}, this release reads {min(READABLE)} to {SCHEMA_VERSION}; "
             "use the release that wrote it, or another file"
         )
     db.execute("BEGIN IMMEDIATE")

@@ -28,6 +28,8 @@ WRONG = [
     ({"min_workers": 0}, "min_workers"),
     ({"min_workers": 3, "start_workers": 2}, "min_workers"),
     ({"min_servers": 0}, "min_servers"),
+    ({"replicas": 0}, "replicas"),
+    ({"replicas": 8}, "replicas"),
     ({"heartbeat_interval": 0.6}, "heartbeat_interval"),
     ({"heartbeat_interval": 0.0}, "heartbeat_interval"),
     ({"heartbeat_interval": float("nan")}, "heartbeat_interval"),
@@ -88,17 +90,19 @@ def flags(app: object, command: str | None = None) -> set[str]:
 
 def test_the_flags_of_ps_coordinator_are_frozen() -> None:
     assert flags(cli.app) == {
-        "--bind", "--state", "--ephemeral", "--job", "--start-workers", "--min-workers", "--min-servers",
+        "--bind", "--state", "--ephemeral", "--job", "--start-workers", "--min-workers", "--min-servers", "--replicas",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
         "--log-level",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["status", "tables", "workers", "events"])
+@pytest.mark.parametrize("command", ["status", "tables", "partitions", "workers", "events"])
 def test_the_flags_of_psctl_are_frozen(command: str) -> None:
     expected = {"--coordinator", "--job", "--json", "--watch"} | ({"--limit"} if command == "events" else set())
     assert flags(psctl.app, command) == expected
     assert flags(psctl.app) == {"--coordinator", "--job"}
+    promote = {"partition", "server", "--accept-loss", "--coordinator", "--job", "--json"}
+    assert flags(psctl.app, "promote") == promote
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,7 @@ def test_the_flags_of_psctl_are_frozen(command: str) -> None:
         (["--ephemeral", "--bind", "127.0.0.1:70000"], "--bind: port 70000"),
         (["--ephemeral", "--bind", "0.0.0.0:7070"], "--bind: .* pass --insecure"),
         (["--ephemeral", "--start-workers", "0"], "--start-workers: is 0"),
+        (["--ephemeral", "--replicas", "8"], "--replicas: is 8, and must be within 1 and 7"),
         (["--ephemeral", "--start-workers", "two"], "Invalid value for '--start-workers'"),
         (["--ephemeral", "--no-such-flag"], "No such option"),
         (["--state", "/proc/nowhere/coordinator.sqlite", "--bind", "127.0.0.1:0"], "--state: /proc/nowhere"),

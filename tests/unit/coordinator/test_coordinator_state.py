@@ -170,9 +170,12 @@ def test_a_lost_server_takes_its_partitions_offline_and_says_why(end: str) -> No
         }[end]
     )
     assert world.effects == [Ended(NodeKey("server", "a", 1))]
-    event = world.events()[-1]
+    event, told = world.events()[-2:]
     lost = [row.partition for row in world.partitions() if row.state is PartitionState.OFFLINE]
     assert json.loads(event.evidence)["offline"] == lost
+    assert (told.kind, json.loads(told.evidence)["partitions"]) == ("partition_offline", lost)
+    remedy = "is heard again" if end == "silence" else "last checkpoint"
+    assert remedy in json.loads(told.evidence)["remedy"]
 
 
 def test_death_is_declared_once() -> None:
@@ -456,10 +459,10 @@ def test_quotas_of_the_job(limits: catalog.Limits, text: str) -> None:
     world.table(limits=LIMITS)
 
 
-def test_replicas_are_not_promised_before_they_exist() -> None:
+def test_an_absurd_number_of_replicas_is_refused() -> None:
     spec = table_spec()
-    spec.replicas = 2
-    assert reason_of(World().table, spec) == "UNIMPLEMENTED"
+    spec.replicas = 8
+    assert reason_of(World().table, spec) == "QUOTA"
 
 
 # --- memory, store, audit ---

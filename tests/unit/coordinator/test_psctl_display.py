@@ -6,6 +6,7 @@ from typing import Any
 
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import ledger_pb2 as lg
+from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator import display, inspection
 from rich.console import RenderableType
 
@@ -45,12 +46,13 @@ def clients() -> list[co.ClientStatus]:
 def status(**change: Any) -> dict[str, Any]:
     server = {
         "name": "server-0", "state": "live", "reason": "", "address": "127.0.0.1:9", "silence_s": 0.31,
-        "partitions": 3, "value_bytes": 3 << 20, "bytes_in": 1 << 30, "bytes_out": 0,
+        "partitions": 3, "online": 2, "value_bytes": 3 << 20, "bytes_in": 1 << 30, "bytes_out": 0,
     }  # fmt: skip
     lost = server | {"name": "server-1", "state": "dead", "reason": "process ended: SIGKILL"}
     page = {
         "job": "default", "coordinator": "127.0.0.1:7070", "term": 2, "map_version": 9, "generation": 1,
-        "uptime_s": 61.2, "servers": [server, lost], "ledger": inspection._ledger(ledger_answer()), "tables": [],
+        "uptime_s": 61.2, "partitions": {"online": 4, "degraded": 2, "offline": 1},
+        "servers": [server, lost], "ledger": inspection._ledger(ledger_answer()), "tables": [],
         "workers": inspection._workers(clients(), ledger_answer()),
         "pending": ["fence client 3 at every server: SIGKILL"],
     }  # fmt: skip
@@ -62,7 +64,7 @@ def test_the_page_has_it_all() -> None:
     for words in (
         "term 2", "map 9", "server-0  live", "3.0 MiB", "1.0 GiB", "0.3 s", "process ended: SIGKILL",
         "training  2 members  1 evicted  gap nan  loss 0.25", "epoch 2 of train: 640 of 1000 samples",
-        "fence client 3 at every server",
+        "fence client 3 at every server", "partitions 4 online, 2 degraded, 1 offline",
     ):  # fmt: skip
         assert words in drawn, (words, drawn)
     lines = [" ".join(line.split()) for line in drawn.splitlines()]
@@ -77,7 +79,7 @@ def test_a_ledger_that_does_not_answer_hides_nothing_else() -> None:
 
 
 def test_an_empty_cluster_says_what_comes_next() -> None:
-    drawn = text(display.draw_status(status(servers=[], workers=[], pending=[])))
+    drawn = text(display.draw_status(status(servers=[], workers=[], pending=[], partitions={})))
     assert "start ps-server" in drawn
     assert "start ps-worker" in drawn
     assert "first worker" in text(display.draw_tables([]))
@@ -108,6 +110,19 @@ def test_only_the_newest_of_the_gone_are_drawn() -> None:
     assert "and 20 more that are over" in drawn
     assert "h/30" in drawn
     assert "h/20 " not in drawn
+
+
+def test_partitions_show_who_has_them() -> None:
+    a, b, c = (pb.ReplicaRef(node=name, incarnation=0xAB) for name in "abc")
+    row = pb.Partition(
+        id=3, table_id=1, index=2, epoch=4, primary=a, isr=[a, b], learners=[c], version=17,
+        state=pb.PARTITION_STATE_DEGRADED,
+    )  # fmt: skip
+    shown = inspection._partition(row, "net")
+    assert (shown["in_sync"][1], shown["version"]) == ({"name": "b", "incarnation": "ab"}, 17)
+    lines = [" ".join(line.split()) for line in text(display.draw_partitions([shown])).splitlines()]
+    assert lines[-1] == "3 net 2 degraded 4 a a, b c"
+    assert "enough servers" in text(display.draw_partitions([]))
 
 
 def test_an_event_is_one_line() -> None:

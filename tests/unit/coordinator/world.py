@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 from paramesh.routing import cut
 from paramesh.v1 import types_pb2 as pb
-from paramesh_coordinator import catalog, membership, operators
+from paramesh_coordinator import catalog, membership, operators, replicas
+from paramesh_coordinator.checkers import Silent
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.driver import fresh_job
+from paramesh_coordinator.replicas import Wish
 from paramesh_coordinator.rows import (
     ClientRow,
     ClientState,
@@ -26,7 +28,7 @@ from paramesh_coordinator.rows import (
     decode,
     encode,
 )
-from paramesh_coordinator.state import ClusterState, Draft, Effect, build_map
+from paramesh_coordinator.state import ClusterState, Draft, Effect, NodeKey, Senses, build_map
 from paramesh_coordinator.store import MemoryStore
 from paramesh_coordinator.store.memory import MemoryMedium
 
@@ -49,8 +51,11 @@ def table_spec(name: str = "g0/0", elements: int = 1000, partition_bytes: int = 
 class World:
     """Takes decisions as the driver does, with no clock, thread or socket."""
 
-    def __init__(self, min_servers: int = 1, medium: MemoryMedium | None = None) -> None:
+    def __init__(self, min_servers: int = 1, medium: MemoryMedium | None = None, replicas: int = 1) -> None:
         self.min_servers = min_servers
+        self.config = CoordinatorConfig(replicas=replicas)
+        self.senses = Senses()
+        """What the next decisions know beside the rows."""
         self.medium = medium or MemoryMedium()
         self.restart()
         if self.state.job.map_version == 0:
@@ -60,11 +65,11 @@ class World:
     def restart(self) -> None:
         """A coordinator that starts on the same store."""
         self.store = MemoryStore(self.medium)
-        self.state = ClusterState.load(self.store.scan(""), fresh_job(CoordinatorConfig()))
+        self.state = ClusterState.load(self.store.scan(""), fresh_job(self.config))
 
     def do(self, decision: Callable[[Draft], T]) -> T:
         """Decide, commit, apply; check every invariant on the way."""
-        draft = Draft(self.state, self.store.term, 0)
+        draft = Draft(self.state, self.store.term, 0, self.senses)
         result = decision(draft)
         before = _picture(self.state)
         if draft.writes:
@@ -76,13 +81,39 @@ class World:
 
     # --- events, in few words ---
 
-    def server(self, name: str, incarnation: int = 1, *, replace: bool = False, gone: bool = False) -> None:
-        hello = ServerRow(name, incarnation, f"{name}:1", f"{name}:2", "h", "0", b"\x01\xff", 0)
+    def server(
+        self, name: str, incarnation: int = 1, *, replace: bool = False, gone: bool = False, host: str = "h",
+        capacity: int = 0, kind: bytes = b"\x01\xff",
+    ) -> None:  # fmt: skip
+        hello = ServerRow(name, incarnation, f"{name}:1", f"{name}:2", host, "0", kind, capacity)
         self.do(
             lambda d: membership.register_server(
                 d, hello, replace=replace, old_is_gone=gone, min_servers=self.min_servers
             )
         )
+
+    def exit(self, name: str, incarnation: int = 1, code: int = -9) -> None:
+        self.do(lambda d: membership.exit_of_server(d, Ref(name, incarnation), code))
+
+    def silent(self, *names: str, incarnation: int = 1) -> None:
+        """All of them in one decision."""
+        dead = [Silent(NodeKey("server", name, incarnation), 2.1, 2.0) for name in names]
+        self.do(lambda d: membership.all_silent(d, dead))
+
+    def leave(self, name: str, incarnation: int = 1) -> None:
+        self.do(lambda d: membership.server_left(d, Ref(name, incarnation)))
+
+    def plan(self) -> int:
+        return self.do(replicas.plan)
+
+    def change_isr(self, partition: int, isr: str | tuple[Ref, ...], **change: Any) -> bool:
+        """The primary's wish, as of now but for what `change` says; names mean incarnation 1."""
+        row = self.row(partition)
+        refs = tuple(Ref(name, 1) for name in isr) if isinstance(isr, str) else isr
+        asking = change.pop("asking", row.primary)
+        fields = {"partition": partition, "epoch": row.epoch, "version": row.version, "isr": refs, "why": "x"}
+        wish = Wish(**fields | change)
+        return self.do(lambda d: replicas.change_isr(d, asking, [wish])) == [partition]
 
     def host(self, name: str, incarnation: int = 1, *, replace: bool = False) -> None:
         self.do(lambda d: membership.register_host(d, HostRow(name, incarnation, "h", 2), replace=replace))
@@ -119,6 +150,16 @@ class World:
     def partitions(self) -> list[PartitionRow]:
         return [row for _, row in sorted(self.state.rows(PartitionRow).items())]
 
+    def row(self, partition: int) -> PartitionRow:
+        row = self.state.partition(partition)
+        assert row is not None
+        return row
+
+    def sets(self, partition: int) -> tuple[str, str]:
+        """Names of the in-sync set, the primary first, and of learners."""
+        row = self.row(partition)
+        return "".join(ref.name for ref in row.isr), "".join(ref.name for ref in row.learners)
+
     def servers(self) -> dict[Ref, ServerRow]:
         return {row.ref: row for row in self.state.rows(ServerRow).values()}
 
@@ -141,7 +182,13 @@ class World:
         for row in self.partitions():
             # 22: each partition has exactly one owner or is OFFLINE.
             assert (row.primary in live) == (row.state is PartitionState.ONLINE), row
-            assert row.primary in self.servers(), "the map must be able to say why it is offline"
+            assert {row.primary, *row.holders} <= set(self.servers()), "the map must be able to say who and why"
+            # 9: nobody outside the in-sync set is primary, and nobody is in it twice.
+            assert row.primary in row.isr or row.state is PartitionState.OFFLINE, row
+            names = [ref.name for ref in row.holders]
+            assert len(names) == len(set(names)), "two replicas on one server"
+            assert set(row.learners) <= live, "a learner that is not live"
+            assert 0 < row.version <= self.state.job.map_version
         for partition, epoch in _epochs(before).items():
             assert _epochs(after)[partition] >= epoch, "4: epochs only rise"
         assert after["version"] >= before["version"], "the version only rises"

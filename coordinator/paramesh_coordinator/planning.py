@@ -1,0 +1,121 @@
+"""The legs of `replicas.plan`, and what the coordinator remembers only while it runs.
+
+    recent.note(effect, now)                 # failovers for silence, dropped followers
+    senses = recent.senses(liveness, now)    # what the next decision may know of it
+
+A restart forgets it. That is safe: it only spaces decisions out, it permits nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from paramesh.errors import ParameshError
+
+from paramesh_coordinator import replicas
+from paramesh_coordinator.checkers import Liveness
+from paramesh_coordinator.failover import SECOND_FAILOVER_SECONDS
+from paramesh_coordinator.rows import PartitionRow, Ref
+from paramesh_coordinator.state import Dropped, Effect, FailedOver, NodeKey, Senses
+
+if TYPE_CHECKING:
+    from paramesh_coordinator.driver import Driver
+
+__all__ = ["Planning", "Recent"]
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K")
+
+DROPPED_SECONDS = 60.0
+"""As long, whoever was dropped is made a learner of that partition again only if there is nobody else."""
+
+PAUSE_SECONDS = 0.1
+"""Between two plans, at least: each is a commit, and a new map for everybody."""
+
+LOOK_SECONDS = 0.5
+"""Looks again after that long without a commit: time passes for those that are held back."""
+
+
+class Recent:
+    """Moments by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._failovers: dict[int, float] = {}
+        self._dropped: dict[tuple[int, Ref], float] = {}
+
+    def note(self, effect: Effect, now: float) -> None:
+        """Remember a committed effect."""
+        if isinstance(effect, FailedOver):
+            self._failovers[effect.partition] = now
+        elif isinstance(effect, Dropped):
+            self._dropped[effect.partition, effect.ref] = now
+
+    def senses(self, liveness: Liveness, now: float) -> Senses:
+        """What a decision taken now may know."""
+        self._failovers = _younger(self._failovers, now - SECOND_FAILOVER_SECONDS)
+        self._dropped = _younger(self._dropped, now - DROPPED_SECONDS)
+        return Senses(
+            fresh=lambda ref: liveness.fresh(NodeKey("server", *ref), now),
+            held_back=frozenset(self._failovers),
+            dropped={key: now - at for key, at in self._dropped.items()},
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether time alone may change what a plan says."""
+        return bool(self._failovers or self._dropped)
+
+
+def _younger(moments: Mapping[K, float], oldest: float) -> dict[K, float]:
+    return {key: at for key, at in moments.items() if at > oldest}
+
+
+class Planning:
+    """Plans after every change of the map, and now and then while something waits for its time."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._planned = -1
+        """The map's version at which there was nothing left to do."""
+
+    def start(self) -> None:
+        """Begin with what an earlier coordinator left."""
+        self._driver.after_commit(self._wake.set)
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name="coordinator-planning")
+
+    async def stop(self) -> None:
+        """End; nothing is lost, the next coordinator plans anew."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while not self._driver.deposed.done():
+            try:
+                await asyncio.wait_for(self._wake.wait(), LOOK_SECONDS)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            if self._is_due():
+                await self._plan()
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    def _is_due(self) -> bool:
+        return self._driver.recent.waits or self._driver.state.job.map_version != self._planned
+
+    async def _plan(self) -> None:
+        # Surplus replicas go only while all who stay are fresh: asked again until it is so.
+        try:
+            changed = await self._driver.decide(replicas.plan)
+        except ParameshError as error:
+            log.error("replicas not planned, will try again reason=%s error=%s", error.reason, error)
+            return
+        surplus = any(len(part.isr) > part.replicas for part in self._driver.state.rows(PartitionRow).values())
+        self._planned = -1 if changed or surplus else self._driver.state.job.map_version
