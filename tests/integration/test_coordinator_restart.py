@@ -221,7 +221,7 @@ def test_psctl_shows_a_cluster(coordinator: CoordinatorProcess) -> None:
         )
         await call.table(spec)
         said = {}
-        for command in ("status", "tables", "workers", "events"):
+        for command in ("status", "tables", "partitions", "workers", "events"):
             said[command] = await asyncio.to_thread(psctl, coordinator.address, command, "--json")
         said["page"] = await asyncio.to_thread(psctl, coordinator.address, "status")
         await server.stop()
@@ -244,10 +244,30 @@ def _check_psctl(said: dict[str, str]) -> None:
     assert (table["name"], table["parameters"], table["value_bytes"], table["optimizer"]) == (
         "net/0", 1024, 4096, "AdamW",
     )  # fmt: skip
+    rows = json.loads(said["partitions"])
+    assert [(row["partition"], row["table"], row["state"], row["epoch"]) for row in rows] == [
+        (0, "ledger", "online", 1), (1, "net/0", "online", 1),
+    ]  # fmt: skip
+    assert rows[1]["in_sync"] == [rows[1]["primary"]] == [{"name": "server-a", "incarnation": "1"}]
     events = [json.loads(line) for line in said["events"].splitlines()]
     assert [e["id"] for e in events] == sorted(e["id"] for e in events)
     for word in ("server-a", "live", "evicted", "SIGKILL (exit report from host h)", "net/0"):
         assert word in said["page"], word
+
+
+def test_psctl_promotes_only_what_is_lost_and_only_if_it_is_meant(coordinator: CoordinatorProcess) -> None:
+    async def body() -> None:
+        call = Caller(coordinator.address)
+        server = await ControlServer().start()
+        await call.server("server-a", 1, server.address)
+        await server.stop()
+        await call.close()
+
+    asyncio.run(body())
+    unmeant = psctl(coordinator.address, "promote", "0", "server-a")
+    assert (unmeant.returncode, "--accept-loss" in unmeant.stderr) == (2, True)
+    refused = psctl(coordinator.address, "promote", "0", "server-a", "--accept-loss")
+    assert (refused.returncode, "partition 0 is online" in refused.stderr) == (1, True), refused.stderr
 
 
 def start_seconds() -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,91 +16,8 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.server import CoordinatorServer
 from paramesh_coordinator.store import MemoryStore, StoreError
-from paramesh_coordinator.store.memory import MemoryMedium
 
-from tests.integration.coordinator_peers import Caller, ControlServer, Heart, refusal, until
-
-BEAT, TIMEOUT = 0.1, 0.6
-"""Five times faster than the defaults, and above the 0.16 s at which a tick counts as late."""
-
-FAST: dict[str, Any] = {"heartbeat_interval": BEAT, "failure_timeout": TIMEOUT, "client_timeout": 1.2}
-
-Test = Callable[["Scene"], Awaitable[None]]
-
-
-class Scene:
-    """A coordinator, a caller, and whatever a test starts; all stopped at its end."""
-
-    def __init__(self, **config: Any) -> None:
-        self.config = CoordinatorConfig(**{"bind": "127.0.0.1:0", **FAST, **config})
-        self.medium = MemoryMedium()
-        self._stops: list[Callable[[], Awaitable[None]]] = []
-
-    async def __aenter__(self) -> Scene:
-        self.coordinator = CoordinatorServer(self.config, self._store())
-        await self.coordinator.start()
-        self.call = Caller(self.coordinator.address)
-        return self
-
-    def _store(self) -> MemoryStore | None:
-        return None if self.config.state else MemoryStore(self.medium)
-
-    async def __aexit__(self, *_: object) -> None:
-        for stop in reversed(self._stops):
-            await stop()
-        await self.call.close()
-        await self.coordinator.stop()
-
-    async def control(self) -> ControlServer:
-        server = await ControlServer().start()
-        self._stops.append(server.stop)
-        return server
-
-    def heart(self, kind: int, name: str, incarnation: int = 1, client_id: int = 0) -> Heart:
-        heart = Heart(self.coordinator.address, kind, name, incarnation, BEAT, client_id)
-        self._stops.append(heart.stop)
-        return heart
-
-    async def server(self, name: str, incarnation: int = 1) -> tuple[ControlServer, Heart]:
-        """A registered server that beats."""
-        control = await self.control()
-        await self.call.server(name, incarnation, control.address)
-        return control, self.heart(co.NODE_KIND_SERVER, name, incarnation)
-
-    async def host(self, name: str, incarnation: int = 1) -> Heart:
-        await self.call.host(name, incarnation)
-        return self.heart(co.NODE_KIND_HOST, name, incarnation)
-
-    async def restart(self) -> None:
-        """Stop the coordinator and start it on the same store and port."""
-        await self.coordinator.stop()
-        config = CoordinatorConfig(**{**vars(self.config), "bind": self.coordinator.address})
-        self.coordinator = CoordinatorServer(config, self._store())
-        await self.coordinator.start()
-
-    async def client_state(self, client_id: int) -> str:
-        return next(c.state for c in (await self.call.status()).clients if c.client_id == client_id)
-
-
-def play(body: Callable[[Scene], Awaitable[None]], **config: Any) -> None:
-    """Run a test's body in a scene of its own."""
-
-    async def run() -> None:
-        async with Scene(**config) as scene:
-            await body(scene)
-
-    asyncio.run(run())
-
-
-def spec(name: str = "t") -> pb.TableSpec:
-    return pb.TableSpec(
-        name=name,
-        group="g",
-        tensors=[pb.TensorSpec(name="w", shape=[4096], dtype=pb.DTYPE_FLOAT32)],
-        optimizer=pb.OptimizerSpec(class_name="SGD"),
-        partition_bytes=4096,
-    )
-
+from tests.integration.coordinator_peers import BEAT, TIMEOUT, Caller, Scene, play, refusal, spec, until
 
 # --- registration ---
 
