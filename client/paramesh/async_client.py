@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from paramesh.channel import header as make_header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.delivery import Answers, Delivery
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
-from paramesh.errors import ParameshError, refuse
+from paramesh.errors import Action, ParameshError, refuse
 from paramesh.framing import DEFAULT_CHECKSUM, encode
 from paramesh.lanes.grpc_lane import GrpcLane, Sink
 from paramesh.ledger_client import LedgerClient
@@ -35,6 +37,8 @@ from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import coordinator_pb2_grpc
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 PUSH_TIMEOUT_S = 60.0
 """After this the outcome of a push is unknown, if the job's configuration does not say."""
@@ -64,6 +68,8 @@ class AsyncClient(Delivery):
         self._spoiled = ""
         """Why no more updates are pushed: what became of one is unknown, so its seq is neither free nor taken."""
         self._assign_ids = 0
+        self._kept: dict[int, _Kept] = {}
+        """Group -> what was staged for its newest step: a new primary may need it again."""
         link.set_map(Routes(registration.map))
         link.start_watch()
 
@@ -211,6 +217,7 @@ class AsyncClient(Delivery):
             Fenced: CLIENT_FENCED. RequestRefused: the bytes do not fit the table.
         """
         seconds = self.push_timeout if timeout is None else timeout
+        self._keep(group, step, contributions, attempts)
 
         async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
             def messages() -> Iterable[bytes]:
@@ -223,6 +230,42 @@ class AsyncClient(Delivery):
 
         what = f"step {step} to be staged"
         return await self._deliver(contributions, send, timeout=seconds, what=what, group=group, committed=committed)
+
+    def _keep(self, group: int, step: int, contributions: Mapping[int, Encoded], attempts: Mapping[int, int]) -> None:
+        kept = self._kept.get(group)
+        if kept is None or kept.step != step:
+            kept = self._kept[group] = _Kept(step, {})
+        for partition, encoded in contributions.items():
+            kept.contributions[partition, attempts.get(partition, 1)] = encoded
+
+    def applied(self, group: int, step: int) -> None:
+        """Every partition has answered "applied" for a step: what was staged for it is in every replica."""
+        kept = self._kept.get(group)
+        if kept is not None and kept.step <= step:
+            del self._kept[group]
+
+    async def _restage(self, partition: int, group: int, step: int, missing: Sequence[int]) -> bool:
+        kept = self._kept.get(group)
+        if self.client_id not in missing or kept is None or kept.step != step:
+            return False
+        again = {a: encoded for (p, a), encoded in kept.contributions.items() if p == partition}
+        for attempt, encoded in sorted(again.items()):  # the decision says which of them counts
+            log.info("bringing a new primary what was staged partition=%d step=%d attempt=%d", partition, step, attempt)
+            await self._restage_one(group, step, encoded, attempt)
+        return bool(again)
+
+    async def _restage_one(self, group: int, step: int, encoded: Encoded, attempt: int) -> None:
+        """One try: whoever waits for the partition tries again, and then this does."""
+        node, _ = self.routes.primary(encoded.partition)
+        head = self._staged_header(encoded.partition, group, step, attempt)
+        messages = [self._preamble(()), *encoded.messages(head)]
+        try:
+            outcomes = _outcomes(await self.lane(node.address).push(messages, self.push_timeout))
+        except ParameshError as error:
+            outcomes = {encoded.partition: error}
+        for outcome in outcomes.values():
+            if isinstance(outcome, ParameshError) and outcome.action is Action.RAISE:
+                raise outcome
 
     async def push_sequenced(
         self,
@@ -463,6 +506,15 @@ class AsyncClient(Delivery):
         """Close every channel; says nothing to anybody."""
         await self.link.close()
         await self.close_lanes()
+
+
+@dataclass
+class _Kept:
+    """What was staged for one step: the very bytes, until every partition has applied it."""
+
+    step: int
+    contributions: dict[tuple[int, int], Encoded]
+    """(partition, attempt) -> bytes."""
 
 
 async def _await(call: Any) -> Any:

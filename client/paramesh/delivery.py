@@ -169,11 +169,7 @@ class Delivery:
             return supplied
         for partition, error in failed.items():
             if error.reason == "NOT_STAGED":
-                missing = [int(c) for c in error.metadata["client_ids"].split(",")]
-                step = int(error.metadata["step"])  # not always that of the last record
-                await self.ledger.report_missing(
-                    ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
-                )
+                await self._mend_staging(partition, error, group, records)
         wait = backoff.next()
         told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
         if told:
@@ -183,6 +179,30 @@ class Delivery:
         else:
             await asyncio.sleep(wait)
         return records
+
+    async def _mend_staging(
+        self, partition: int, error: ParameshError, group: int, records: Sequence[pb.StepRecord]
+    ) -> None:
+        """A new primary lacks contributions: bring it mine, and ask whether it may go without others'.
+
+        The permission, if there is one, goes into the record of `records` that is sent next.
+        """
+        missing = [int(c) for c in error.metadata["client_ids"].split(",")]
+        step = int(error.metadata["step"])  # not always that of the last record
+        if await self._restage(partition, group, step, missing):
+            return
+        answer = await self.ledger.report_missing(
+            ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
+        )
+        for record in records:
+            if record.step == step and answer.degraded:
+                known = [d for d in record.degraded if d.partition == partition]
+                permission = known[0] if known else record.degraded.add(partition=partition)
+                permission.client_ids[:] = sorted({*permission.client_ids, *answer.degraded})
+
+    async def _restage(self, partition: int, group: int, step: int, missing: Sequence[int]) -> bool:
+        """Bring a partition this client's contribution of a step again, if it lacks it; whether it did."""
+        raise NotImplementedError
 
     async def close_lanes(self) -> None:
         """Close every channel to servers; calls in flight end."""

@@ -101,6 +101,7 @@ class SyncExchange(Exchange):
 
     async def _pull_on_loop(self, step: int) -> None:
         await self.client.pull(self.partitions, self.sink, group=self.group, step=step, committed=self.committed)
+        self.client.applied(self.group, step - 1)
 
     async def snapshot_on_loop(self) -> dict[int, Snapshot]:
         """Returns cuts at the start of the next step."""

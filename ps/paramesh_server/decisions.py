@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from paramesh.errors import refuse
 from paramesh.v1 import types_pb2 as pb
@@ -32,15 +34,40 @@ def check_record(record: pb.StepRecord) -> None:
             )
 
 
-def reduction_of(record: pb.StepRecord) -> Reduction:
-    """Divisor (over *all* contributors) and clip factor of a step."""
+def reduction_of(record: pb.StepRecord, without: Collection[int] = ()) -> Reduction:
+    """Divisor (over all contributors but those that a DEGRADED step went without) and clip factor."""
     clip = record.clip_factor if record.has_clip_factor else None
     if record.loss_reduction == pb.LOSS_REDUCTION_SUM:
         return Reduction(None, clip)
     total = 0.0
     for contributor in record.contributors:
-        total += contributor.weight
+        if contributor.client_id not in without:
+            total += contributor.weight
     return Reduction(total, clip)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What one partition sums in one step."""
+
+    parts: list[Part]
+    """In rank order; none: the parameters stay."""
+    reduction: Reduction
+    without: tuple[int, ...] = ()
+    """Named by the decision and not here, with the ledger's permission."""
+
+
+def gather(record: pb.StepRecord, partition: int, staging: Staging) -> Decided:
+    """Everything that a decision names for one partition.
+
+    Raises:
+        Retryable: NOT_STAGED; metadata `client_ids` lists whose are missing without permission.
+    """
+    if record.skip:
+        return Decided([], reduction_of(record))
+    permitted = {c for d in record.degraded if d.partition == partition for c in d.client_ids}
+    parts, without = parts_of(record, partition, staging, permitted)
+    return Decided(parts, reduction_of(record, without), tuple(without))
 
 
 def attempt_in(contributor: pb.Contributor, partition: int) -> int:
@@ -51,8 +78,16 @@ def attempt_in(contributor: pb.Contributor, partition: int) -> int:
     return contributor.attempt
 
 
-def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Part]:
-    """The contributions that a record names, in rank order, with their weights.
+def parts_of(
+    record: pb.StepRecord, partition: int, staging: Staging, permitted: Collection[int] = ()
+) -> tuple[list[Part], list[int]]:
+    """The contributions that a record names, in rank order, with their weights; and who is missing.
+
+    Args:
+        record: the decision.
+        partition: whose.
+        staging: what it holds.
+        permitted: clients that it may go without.
 
     Raises:
         Retryable: NOT_STAGED; metadata `client_ids` lists whose are missing.
@@ -66,7 +101,8 @@ def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Pa
             missing.append(contributor.client_id)
         else:
             parts.append(Part(held, contributor.weight if weighted else None))
-    if missing:
+    if not set(missing) <= set(permitted):
+        missing = [client for client in missing if client not in permitted]
         raise refuse(
             "NOT_STAGED",
             f"partition {partition} lacks contributions of step {record.step} from clients {missing}",
@@ -74,4 +110,4 @@ def parts_of(record: pb.StepRecord, partition: int, staging: Staging) -> list[Pa
             step=record.step,
             client_ids=",".join(map(str, missing)),
         )
-    return parts
+    return parts, missing

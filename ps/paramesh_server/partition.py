@@ -26,7 +26,7 @@ from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.aggregate import Part, Reduction, Workspace, flat_views, squared_norm, sum_parts
-from paramesh_server.decisions import check_record, parts_of, reduction_of
+from paramesh_server.decisions import check_record, gather
 from paramesh_server.dedup import Dedup, Digest, Entry, Verdict, fold
 from paramesh_server.log import Log, Position, Record, RecordHeader
 from paramesh_server.optimizer import PartitionOptimizer, Setting
@@ -209,12 +209,10 @@ class Partition:
     def _apply_step(self, record: pb.StepRecord) -> None:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
-        parts = [] if record.skip else parts_of(record, self.id, self.staging)
-        summed = self._train(
-            settings, parts, reduction_of(record), keep=self.log.replicated
-        )  # from here on nothing refuses
+        decided = gather(record, self.id, self.staging)  # from here on nothing refuses
+        summed = self._train(settings, decided.parts, decided.reduction, keep=self.log.replicated)
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
-        made = self._made(lambda: step_body(record, *summed))
+        made = self._made(lambda: step_body(record, *summed, without=decided.without))
         self._append(rp.RECORD_KIND_STEP, made, step=record.step, checksum=checksum)
         self._stepped(record)
 
@@ -274,8 +272,8 @@ class Partition:
             raise self._need_steps(record.step)
         if self._norm is None or self._norm[0] != record.step:
             check_record(record)
-            parts = [] if record.skip else parts_of(record, self.id, self.staging)
-            value = squared_norm(self.layout, parts, reduction_of(record), self._views)
+            decided = gather(record, self.id, self.staging)
+            value = squared_norm(self.layout, decided.parts, decided.reduction, self._views)
             self._norm = (record.step, value)
         return self._norm[1]
 

@@ -9,7 +9,7 @@ not what was received: a step travels as the sum that the primary made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from paramesh import hyper
@@ -78,9 +78,12 @@ def read_noop(record: Record) -> Entry:
     return Entry(body.digest, record.header.lsn, (body.reason, body.message))
 
 
-def step_body(decided: pb.StepRecord, present: Sequence[bool] | None, total: torch.Tensor | None) -> Made:
+def step_body(
+    decided: pb.StepRecord, present: Sequence[bool] | None, total: torch.Tensor | None, without: Collection[int] = ()
+) -> Made:
     """A step as it was summed; `present` and `total` (bytes) are None if nothing was."""
-    body = rp.StepBody(record=decided, present=b"" if present is None else pack_presence(present))
+    summed = [c.client_id for c in decided.contributors if c.client_id not in without] if without else []
+    body = rp.StepBody(record=decided, present=b"" if present is None else pack_presence(present), summed=summed)
     return rp.LogRecord(decided=body), [] if total is None else [total.numpy().data]
 
 

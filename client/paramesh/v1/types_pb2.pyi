@@ -743,6 +743,7 @@ class StepRecord(google.protobuf.message.Message):
     NEEDS_CLIP_FIELD_NUMBER: builtins.int
     HAS_CLIP_FACTOR_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    DEGRADED_FIELD_NUMBER: builtins.int
     group: builtins.int
     """group is the table group's number, from OpenGroup."""
     step: builtins.int
@@ -765,6 +766,12 @@ class StepRecord(google.protobuf.message.Message):
     def hyper_parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TableHyperParameters]:
         """hyper_parameters are those that changed since the step before."""
 
+    @property
+    def degraded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DegradedPartition]:
+        """degraded are the ledger's permissions to go without contributions that are lost with
+        their contributors; added by whoever brings the record to a partition.
+        """
+
     def __init__(
         self,
         *,
@@ -778,10 +785,32 @@ class StepRecord(google.protobuf.message.Message):
         needs_clip: builtins.bool = ...,
         has_clip_factor: builtins.bool = ...,
         checkpoint: builtins.str = ...,
+        degraded: collections.abc.Iterable[global___DegradedPartition] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "clip_factor", b"clip_factor", "contributors", b"contributors", "group", b"group", "has_clip_factor", b"has_clip_factor", "hyper_parameters", b"hyper_parameters", "loss_reduction", b"loss_reduction", "needs_clip", b"needs_clip", "skip", b"skip", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "clip_factor", b"clip_factor", "contributors", b"contributors", "degraded", b"degraded", "group", b"group", "has_clip_factor", b"has_clip_factor", "hyper_parameters", b"hyper_parameters", "loss_reduction", b"loss_reduction", "needs_clip", b"needs_clip", "skip", b"skip", "step", b"step"]) -> None: ...
 
 global___StepRecord = StepRecord
+
+@typing.final
+class DegradedPartition(google.protobuf.message.Message):
+    """DegradedPartition permits one partition to sum without some contributors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: builtins.int
+    CLIENT_IDS_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    @property
+    def client_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        partition: builtins.int = ...,
+        client_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_ids", b"client_ids", "partition", b"partition"]) -> None: ...
+
+global___DegradedPartition = DegradedPartition
 
 @typing.final
 class ErrorDetail(google.protobuf.message.Message):

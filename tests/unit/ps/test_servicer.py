@@ -18,6 +18,7 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server import servicer as servicer_module
 from paramesh_server.counters import Counters
+from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
 from paramesh_server.reads import Reads
 from paramesh_server.servicer import DataPlane
@@ -27,6 +28,15 @@ from ps_building import GROUP, fresh, random_gradients, raw, ready, record, tabl
 T = TypeVar("T")
 SPEC = table([100, 64], "SGD", {"lr": 0.5})
 CLIENT = 5
+
+
+ME = Ref("here", 1)
+
+
+def lead_alone(shards: Shards, partition: Partition) -> None:
+    """Hold a partition as its only replica."""
+    held = shards.add(partition, ME)
+    held.replica.lead(pb.Partition(id=partition.id, epoch=partition.epoch, version=1, isr=[ME.proto()]), 0.0)
 
 
 class Context:
@@ -57,7 +67,7 @@ class Plane:
         self.shards = Shards(self.pool, lambda p: p == 50, self._look)
         self._take_map()
         for partition in partitions:
-            self.shards.add(partition)
+            lead_alone(self.shards, partition)
         self.plane = DataPlane("job", lambda: 3, self.shards, self.counters, in_flight)
         self.reads = Reads(self.plane, self.counters)
 
@@ -324,7 +334,7 @@ def test_a_request_waits_for_a_partition_that_is_being_made() -> None:
         plane = Plane(rows=[pb.Partition(id=50, epoch=1)])
         pulling = asyncio.ensure_future(plane.pull([50]))
         await asyncio.sleep(0)
-        plane.shards.add(partition)
+        lead_alone(plane.shards, partition)
         [reply] = await pulling
         assert reply.header.error.reason == ""
         failed = Plane(rows=[pb.Partition(id=50, epoch=1)])
