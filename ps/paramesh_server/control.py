@@ -56,7 +56,7 @@ class ServerControl:
         """Forbid clients for ever, in every partition here. Repeatable."""
         self._check(request.request, request.term)
         clients = list(request.client_ids)
-        self._ledger.fence(clients)
+        await self._ledger.fence(clients)
         partitions = await self._plane.fence(clients)
         log.info("fenced clients=%s partitions=%d term=%d", clients, partitions, request.term)
         return rp.FenceResponse(partitions=partitions)

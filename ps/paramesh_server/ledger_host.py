@@ -74,10 +74,10 @@ class LedgerHost:
         """Take a client out of the ledger; whether it was a member."""
         return await self.service().evict(client, term, why)
 
-    def fence(self, clients: Sequence[int]) -> None:
+    async def fence(self, clients: Sequence[int]) -> None:
         """Tell the ledger, if it is here, whom to refuse for ever."""
         if self._service is not None:
-            self._service.fence(clients)
+            await self._service.fence(clients)
 
     async def close(self) -> None:
         """Let the ledger go."""

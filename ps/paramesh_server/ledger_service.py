@@ -3,12 +3,19 @@
     service = LedgerService("default", 1, config)
     ledger_pb2_grpc.add_LedgerServicer_to_server(service, server)
     await service.evict(client_id, term, "exit report")      # the coordinator's order
-    service.fence([client_id])
+    await service.fence([client_id])
+
+    follower.serve(log.append, config, time.monotonic())     # promoted
+    service = LedgerService("default", 1, config, ledger=follower, committed=log.committed)
 
 A wait costs a future, not a thread: a call that the ledger answers with `Wait` sleeps until
 its key is woken, and asks again. A long poll that is not resolved in `POLL_S`, or shortly
 before the caller's own deadline, ends with WAITING_FOR_WORKERS, which names who is waited
 for; the client repeats it.
+
+With replicas the ledger applies what it decides at once, and every answer that tells of its
+state, refusals too, leaves only when all records that the state is made of are committed: so
+nothing that anybody was told is lost with this process.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from paramesh.channel import check_header, grpc
@@ -111,14 +118,30 @@ class LedgerService:
         job: the cluster's name; other requests are refused WRONG_CLUSTER.
         generation: the job's restore counter; older requests are refused OLD_GENERATION.
         config: the job's settings; `update_config` replaces them.
-        now: seconds of a clock that only rises.
+        ledger: one that serves already (see `Ledger.serve`); None: a fresh one without replicas.
+        committed: called with the ledger's lsn at which an answer was formed, before anything
+            else happens; returns when every in-sync replica has the log up to there, and raises
+            NOT_PRIMARY or NOT_READY when that will not come about here. None: no replicas.
+        now: seconds of a clock that only rises; that of `Ledger.serve`.
 
     Attributes:
         ledger: the pure core, for tests and status.
     """
 
-    def __init__(self, job: str, generation: int, config: JobConfig, *, now: Callable[[], float] = time.monotonic):
-        self.ledger = Ledger(config)
+    def __init__(
+        self,
+        job: str,
+        generation: int,
+        config: JobConfig,
+        *,
+        ledger: Ledger | None = None,
+        committed: Callable[[int], Awaitable[None]] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        if ledger is not None and ledger.following:
+            raise ValueError("the ledger still follows another: Ledger.serve comes first")
+        self.ledger = ledger or Ledger(config)
+        self._committed = committed
         self._job = job
         self._generation = generation
         self._now = now
@@ -130,6 +153,9 @@ class LedgerService:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closed = False
+        if ledger is not None:
+            self.update_config(config)
+            log.info("ledger promoted generation=%d %s", generation, ledger.summary())
 
     # ------------------------------------------------------------------ the server's side
 
@@ -151,24 +177,32 @@ class LedgerService:
         Raises:
             StateRefused: STALE_TERM.
             RequestRefused: MISSING_FIELD.
+            Retryable: NOT_PRIMARY, NOT_READY; it may have come about or not.
         """
         if term < self._term:
             raise refuse("STALE_TERM", f"term {term} is over, term {self._term} is in charge", term=self._term)
         self._term = term
-        was_member = self._act(lambda now: self.ledger.evict(client_id, why, now))
+        was_member = await self._released(lambda now: self.ledger.evict(client_id, why, now))
         if was_member:
             log.info("evicted client_id=%d term=%d why=%r", client_id, term, why[:200])
         return was_member
 
-    def fence(self, client_ids: Sequence[int]) -> None:
-        """Refuse clients for ever; a FENCE may come without an Evict before it. Repeatable."""
-        self._act(lambda now: [self.ledger.evict(client_id, "fenced", now) for client_id in client_ids])
+    async def fence(self, client_ids: Sequence[int]) -> None:
+        """Refuse clients for ever; a FENCE may come without an Evict before it. Repeatable.
+
+        Raises:
+            RequestRefused: MISSING_FIELD.
+            Retryable: NOT_PRIMARY, NOT_READY; it may have come about or not.
+        """
+        await self._released(lambda now: [self.ledger.evict(client_id, "fenced", now) for client_id in client_ids])
 
     async def close(self) -> None:
-        """Stop the timer; every call that waits is refused NOT_PRIMARY."""
+        """Decide nothing any more; every call that waits, and every later one, is refused NOT_PRIMARY.
+
+        Calls whose answers wait for their records to be committed are `committed`'s to end.
+        """
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._schedule()
         self._waits.wake_all()
 
     # ------------------------------------------------------------------ driving the core
@@ -203,45 +237,74 @@ class LedgerService:
 
     def _tick(self) -> None:
         self._timer = None
-        self._act(self.ledger.tick)
+        try:
+            self._act(self.ledger.tick)
+        except ParameshError as error:
+            # The log takes nothing any more: this server is no primary, and is about to hear of it.
+            log.warning("ledger stops reason=%s: %s", error.reason, error)
+            self._closed = True
+            self._schedule()
+            self._waits.wake_all()
+
+    async def _released(self, event: Callable[[float], T]) -> T:
+        """Give the core one event; its answer, or its refusal, when that may be known.
+
+        Raises:
+            Retryable: NOT_PRIMARY, NOT_READY.
+        """
+        self._check_open()
+        try:
+            answer = self._act(event)
+        except ParameshError:
+            await self._release()
+            raise
+        await self._release()
+        return answer
+
+    async def _release(self) -> None:
+        """Return when everything that the ledger's state now reflects is committed."""
+        if self._committed is not None:
+            await self._committed(self.ledger.lsn)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise refuse("NOT_PRIMARY", "the ledger has moved to another server")
 
     async def _until(self, context: Any, ask: Callable[[float], T | Wait]) -> T:
         """Ask, and ask again whenever it may have changed, until there is an answer.
 
         Raises:
-            Retryable: WAITING_FOR_WORKERS; metadata `ranks` and `what`.
+            Retryable: WAITING_FOR_WORKERS, metadata `ranks` and `what`; NOT_PRIMARY, NOT_READY.
         """
         remaining = context.time_remaining() if context is not None else None
         patience = POLL_S if remaining is None else min(POLL_S, remaining - MARGIN_S)
         deadline = self._now() + patience
         waited: Key | None = None
         while True:
+            self._check_open()  # also after each sleep: who is no primary must not decide
             try:
                 answer = self._act(ask)
             except ParameshError:
                 if waited is not None:
                     self._waits.over(waited)
+                await self._release()
                 raise
             if waited is not None and not (isinstance(answer, Wait) and answer.key == waited):
                 self._waits.over(waited)
             if not isinstance(answer, Wait):
+                await self._release()
                 return answer
             waited = answer.key
             self._waits.note(answer)
             left = deadline - self._now()
-            if left <= 0 or self._closed:
-                raise self._not_yet(answer)
+            if left <= 0:
+                late = _not_yet(answer)
+                await self._release()
+                raise late
             if answer.key in self._woken:  # asking brought it about (its worker is BETWEEN now): nobody wakes us
                 await asyncio.sleep(0)
                 continue
             await self._waits.sleep(answer.key, min(left, self._waits.until_said(answer.key)))
-
-    def _not_yet(self, wait: Wait) -> ParameshError:
-        if self._closed:
-            return refuse("NOT_PRIMARY", "the ledger has moved to another server")
-        ranks = ",".join(map(str, wait.who()))
-        whom = f"ranks {ranks}" if ranks else "other workers"
-        return refuse("WAITING_FOR_WORKERS", f"{wait.what} waits for {whom}", what=wait.what, ranks=ranks)
 
     def _check(self, request: Any) -> None:
         check_header(request.request, self._job, self._generation)
@@ -250,32 +313,33 @@ class LedgerService:
         self._check(request)
         return await self._until(context, lambda now: method(request, now))
 
-    def _answer(self, method: Callable[[Any, float], T], request: Any) -> T:
+    async def _answer(self, method: Callable[[Any, float], T], request: Any) -> T:
         self._check(request)
-        return self._act(lambda now: method(request, now))
+        return await self._released(lambda now: method(request, now))
 
     # ------------------------------------------------------------------ the service
 
     async def Join(self, request: pb.JoinRequest, context: grpc.aio.ServicerContext) -> pb.JoinResponse:
         """Make a client a member. EVICTED if it was evicted."""
-        response = self._answer(self.ledger.join, request)
+        response = await self._answer(self.ledger.join, request)
         log.info("joined client_id=%d rank=%d slot=%s", request.request.client_id, response.rank, request.slot)
         return response
 
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
         """Take a member out gracefully."""
+        response = await self._answer(self.ledger.leave, request)
         log.info("left client_id=%d", request.request.client_id)
-        return self._answer(self.ledger.leave, request)
+        return response
 
     async def SetActivity(
         self, request: pb.SetActivityRequest, context: grpc.aio.ServicerContext
     ) -> pb.SetActivityResponse:
         """Make a member ACTIVE, BETWEEN or IDLE."""
-        return self._answer(self.ledger.set_activity, request)
+        return await self._answer(self.ledger.set_activity, request)
 
     async def OpenGroup(self, request: pb.OpenGroupRequest, context: grpc.aio.ServicerContext) -> pb.OpenGroupResponse:
         """Declare a table group."""
-        return self._answer(self.ledger.open_group, request)
+        return await self._answer(self.ledger.open_group, request)
 
     async def AwaitInit(self, request: pb.AwaitInitRequest, context: grpc.aio.ServicerContext) -> pb.AwaitInitResponse:
         """Wait until first values are committed, or the caller owns them."""
@@ -285,7 +349,7 @@ class LedgerService:
         self, request: pb.CommitInitRequest, context: grpc.aio.ServicerContext
     ) -> pb.CommitInitResponse:
         """Note that first values are in every partition."""
-        return self._answer(self.ledger.commit_init, request)
+        return await self._answer(self.ledger.commit_init, request)
 
     async def Ready(self, request: pb.ReadyRequest, context: grpc.aio.ServicerContext) -> pb.ReadyResponse:
         """Wait for a step's decision."""
@@ -301,13 +365,13 @@ class LedgerService:
 
     async def GetSteps(self, request: pb.GetStepsRequest, context: grpc.aio.ServicerContext) -> pb.GetStepsResponse:
         """Decided steps."""
-        return self._answer(self.ledger.get_steps, request)
+        return await self._answer(self.ledger.get_steps, request)
 
     async def ReportMissing(
         self, request: pb.ReportMissingRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportMissingResponse:
         """Which contributions a partition may go without."""
-        return self._answer(self.ledger.report_missing, request)
+        return await self._answer(self.ledger.report_missing, request)
 
     async def Lease(self, request: pb.LeaseRequest, context: grpc.aio.ServicerContext) -> pb.LeaseResponse:
         """Ranges of samples, or the end of the epoch."""
@@ -317,15 +381,15 @@ class LedgerService:
         self, request: pb.ReturnLeasesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReturnLeasesResponse:
         """Take back what was not trained on."""
-        return self._answer(self.ledger.return_leases, request)
+        return await self._answer(self.ledger.return_leases, request)
 
     async def PutState(self, request: pb.PutStateRequest, context: grpc.aio.ServicerContext) -> pb.PutStateResponse:
         """Keep small state."""
-        return self._answer(self.ledger.put_state, request)
+        return await self._answer(self.ledger.put_state, request)
 
     async def GetState(self, request: pb.GetStateRequest, context: grpc.aio.ServicerContext) -> pb.GetStateResponse:
         """Small state."""
-        return self._answer(self.ledger.get_state, request)
+        return await self._answer(self.ledger.get_state, request)
 
     async def Gather(self, request: pb.GatherRequest, context: grpc.aio.ServicerContext) -> pb.GatherResponse:
         """Barrier and mean."""
@@ -333,11 +397,18 @@ class LedgerService:
 
     async def Report(self, request: pb.ReportRequest, context: grpc.aio.ServicerContext) -> pb.ReportResponse:
         """Note progress figures."""
-        return self._answer(self.ledger.report, request)
+        return await self._answer(self.ledger.report, request)
 
     async def LedgerStatus(
         self, request: pb.LedgerStatusRequest, context: grpc.aio.ServicerContext
     ) -> pb.LedgerStatusResponse:
         """What psctl and ps-run show."""
         self._check(request)
-        return self._act(self.ledger.status)
+        return await self._released(self.ledger.status)
+
+
+def _not_yet(wait: Wait) -> ParameshError:
+    """The refusal of a long poll that ends without an answer."""
+    ranks = ",".join(map(str, wait.who()))
+    whom = f"ranks {ranks}" if ranks else "other workers"
+    return refuse("WAITING_FOR_WORKERS", f"{wait.what} waits for {whom}", what=wait.what, ranks=ranks)

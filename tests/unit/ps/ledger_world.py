@@ -87,6 +87,11 @@ class World:
         """Have the primary die during the next event; the follower has `keep` of its records."""
         self._keep = keep
 
+    @property
+    def fails(self) -> bool:
+        """Whether the primary is still to die in an event."""
+        return self._keep is not None
+
     def promote(self) -> None:
         """Let the follower serve, and a new one follow."""
         self._keep = None

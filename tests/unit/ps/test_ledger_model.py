@@ -9,11 +9,14 @@ epoch is in at most one committed step and none is lost (20).
 it must reflect.
 
 `World` checks after every event that replaying the records gives an equal state, and that a
-refused request changed nothing (27).
+refused request changed nothing (27). At any event the primary may die, its answer and some of
+its records lost; the follower takes over without anything volatile, and who waits asks again:
+all of the above still holds (1, 9, 14, 17, 20).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,6 +62,8 @@ class Client:
         """(step, ranges, skip) of a Ready that has no answer yet."""
         self.epoch = 0
         self.clock = 0
+        self.calls = 0
+        """Lease calls so far."""
 
 
 def as_range(chunk: Range) -> t.SampleRange:
@@ -70,6 +75,15 @@ class Model(RuleBasedStateMachine):
     """Members that come and go."""
 
     mode = lg.MODE_SYNC
+    events: dict[str, Callable[[Any, int], None]] = {
+        "join": lambda self, _: self.join() if len(self.clients) < 5 else None,
+        "leave": lambda self, number: self.end(number, "leave"),
+        "evict": lambda self, number: self.end(number, "evict"),
+        "active": lambda self, number: self.set_activity(number, ACTIVE),
+        "between": lambda self, number: self.set_activity(number, BETWEEN),
+        "idle": lambda self, number: self.set_activity(number, IDLE),
+    }
+    """Events in which the primary may die; the number picks a member."""
     group_fields: dict[str, Any]
 
     def __init__(self) -> None:
@@ -123,6 +137,22 @@ class Model(RuleBasedStateMachine):
             client.activity = activity
             self.learn()
 
+    @rule()
+    def snapshot(self) -> None:
+        self.world.snapshot()
+
+    def fail(self, event: str, number: int, keep: int) -> None:
+        """The primary dies in an event (or after it, if it came to nothing); who waits asks again."""
+        if self.clients or event == "join":
+            self.world.fail_during(keep)
+            self.events[event](self, number)
+        if self.world.fails:
+            self.world.promote()
+        self.recover(number)
+
+    def recover(self, first: int) -> None:
+        """Whoever had no answer asks again, in an order that begins with `first`."""
+
     def learn(self) -> None:
         """Take note of what followed from an event."""
 
@@ -136,6 +166,14 @@ class Model(RuleBasedStateMachine):
 class SyncModel(Model):
     """Steps and leases in lockstep."""
 
+    events = Model.events | {
+        "lease": lambda self, number: self.lease(number, want=2, wait=False, move_on=False),
+        "wait": lambda self, number: self.lease(number, want=1, wait=True, move_on=False),
+        "ready": lambda self, number: self.ready(number, count=2, skip=False),
+        "give back": lambda self, number: self.give_back(number, count=2),
+        "train": lambda self, number: self.train(want=1, lazy=number, then=""),
+    }
+
     def __init__(self) -> None:
         super().__init__()
         self.records: list[t.StepRecord] = []
@@ -146,6 +184,19 @@ class SyncModel(Model):
         self.make(start_workers, backup_workers=backup)
 
     # ------------------------------------------------------------------ events
+
+    @rule(event=st.sampled_from(sorted(events)), number=which, keep=st.integers(0, 6))
+    def failover(self, event: str, number: int, keep: int) -> None:
+        self.fail(event, number, keep)
+
+    def recover(self, first: int) -> None:
+        count = len(self.clients)
+        for client in [self.pick(first + i) for i in range(count)]:
+            number = list(self.clients).index(client.id)
+            if client.pending is not None:
+                self.ready(number, count=0, skip=False)
+            elif client.activity == PARKED:
+                self.lease(number, want=1, wait=True, move_on=False)
 
     def gone(self, client: Client) -> None:
         super().gone(client)
@@ -158,7 +209,10 @@ class SyncModel(Model):
         if client.pending is not None:
             return
         client.epoch += move_on
-        answer = self.world.lease(client.id, client.epoch, length=LENGTH, chunk=CHUNK, want=want, wait=wait)
+        client.calls += 1
+        answer = self.world.lease(
+            client.id, client.epoch, length=LENGTH, chunk=CHUNK, want=want, wait=wait, call=client.calls
+        )
         if isinstance(answer, Wait):
             assert wait or not self.started
             if self.started and not self.holds(client) and client.activity != IDLE:
@@ -332,6 +386,9 @@ class SspModel(Model):
     """Clocks within a bound."""
 
     mode = lg.MODE_SSP
+    events = Model.events | {
+        "clock": lambda self, number: self.clock(number, partition=1, again=False) if self.live() else None,
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,6 +396,10 @@ class SspModel(Model):
         """For each clock, the highest lsn told of each partition."""
         self.lsn = 0
         self.staleness = 0
+
+    @rule(event=st.sampled_from(sorted(events)), number=which, keep=st.integers(0, 3))
+    def failover(self, event: str, number: int, keep: int) -> None:
+        self.fail(event, number, keep)
 
     @initialize(staleness=st.integers(0, 3))
     def begin(self, staleness: int) -> None:

@@ -156,7 +156,7 @@ async def test_an_older_term_is_refused_and_changes_nothing() -> None:
 @on_loop
 async def test_a_fenced_client_is_refused_without_an_evict() -> None:
     served = service()
-    served.fence([7, 8, 7])
+    await served.fence([7, 8, 7])
     for client in (7, 8):
         with refused("EVICTED"):
             await served.Join(lg.JoinRequest(request=header("job", 1, client)), Context())
