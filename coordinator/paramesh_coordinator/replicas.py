@@ -162,8 +162,7 @@ class _Planner:
     def _add(self, part: PartitionRow) -> Change | None:
         if self._out_of[part.primary] >= self._limits.per_primary:
             return None
-        holders = {ref.name for ref in part.holders}
-        open_to = [load for name, load in self._loads.items() if name not in holders and self._takes_more(part, name)]
+        open_to = [load for name, load in self._loads.items() if self._takes_more(part, name)]
         shunned = {ref.name for partition, ref in self._senses.dropped if partition == part.partition}
         here = [part.primary, *(ref for ref in (*self._in_sync(part), *part.learners) if ref != part.primary)]
         target = follower(part.nbytes, [self._loads[ref.name] for ref in here], open_to, shunned)

@@ -29,7 +29,7 @@ def _came_back(old: PartitionRow, row: PartitionRow) -> bool:
 class Replication(RuleBasedStateMachine):
     """Four servers, up to three replicas."""
 
-    @initialize(replicas=st.integers(1, 3), servers=st.integers(1, 3))
+    @initialize(replicas=st.sampled_from([2, 3, 1]), servers=st.sampled_from([3, 4, 1, 2]))
     def begin(self, replicas: int, servers: int) -> None:
         self.world = World(min_servers=servers, replicas=replicas)
         self.newest = dict.fromkeys(NAMES, 0)
@@ -131,17 +131,11 @@ class Replication(RuleBasedStateMachine):
         if self.newest[name] and Ref(name, self.newest[name]) not in self.ended:
             self._register(name, self.newest[name])
 
-    @rule(name=st.sampled_from(NAMES))
-    def exit(self, name: str) -> None:
+    @rule(name=st.sampled_from(NAMES), how=st.sampled_from(["exit", "leave"]))
+    def end(self, name: str, how: str) -> None:
         ref = Ref(name, self.newest[name])
         self.ended.add(ref)
-        self._decide(self.world.exit, name, ref.incarnation)
-
-    @rule(name=st.sampled_from(NAMES))
-    def leave(self, name: str) -> None:
-        ref = Ref(name, self.newest[name])
-        self.ended.add(ref)
-        self._decide(self.world.leave, name, ref.incarnation)
+        self._decide(getattr(self.world, how), name, ref.incarnation)
 
     @rule(names=st.sets(st.sampled_from(NAMES), min_size=1, max_size=3))
     def fall_silent(self, names: set[str]) -> None:
@@ -170,9 +164,10 @@ class Replication(RuleBasedStateMachine):
         if not pool:
             return
         row = data.draw(st.sampled_from(pool))
-        joining = data.draw(st.sets(st.sampled_from(row.learners))) if row.learners else set()
-        leaving = data.draw(st.sets(st.sampled_from(row.isr)))
-        isr = tuple(ref for ref in (*row.isr, *sorted(joining)) if ref not in leaving)
+        joining = set(row.learners) if data.draw(st.booleans()) else set()
+        leaving = set() if joining else data.draw(st.sets(st.sampled_from(row.isr)))
+        strangers = data.draw(st.sets(st.sampled_from([*self.world.servers()]), max_size=1)) - {*row.holders}
+        isr = tuple(ref for ref in (*row.isr, *sorted(joining | strangers)) if ref not in leaving)
         now = self.world.row(row.partition)
         fresh = (row.epoch, row.version, row.primary) == (now.epoch, now.version, now.primary)
         if fresh:
@@ -180,8 +175,8 @@ class Replication(RuleBasedStateMachine):
             self.complete[row.partition] |= joining
         wish = {"epoch": row.epoch, "version": row.version, "asking": row.primary}
         done = self._decide(self.world.change_isr, row.partition, isr, may=("isr",), **wish)
-        if not fresh or row.primary not in isr:
-            assert not done, "a stale wish was granted"
+        if not fresh or row.primary not in isr or strangers:
+            assert not done, "a wish was granted that is stale or names a stranger"
         if done and not set(row.isr) <= set(isr):
             assert row.primary.name not in self.unheard, "dropped by one that is not heard"
 
@@ -212,17 +207,13 @@ class Replication(RuleBasedStateMachine):
         spec.replicas = replicas
         self._decide(self.world.table, spec)
 
-    @rule()
-    def restart(self) -> None:
-        """Its memory of moments is gone; the rows are not."""
-        self._decide(self.world.restart)
+    @rule(restart=st.booleans())
+    def time_passes(self, restart: bool) -> None:
+        """At a restart the memory of moments is gone; the rows are not."""
+        if restart:
+            self._decide(self.world.restart)
         self.failovers.clear()
-        self.dropped.clear()
-
-    @rule()
-    def time_passes(self) -> None:
-        self.failovers.clear()
-        self.dropped = {key: at + 2.0 for key, at in self.dropped.items()}
+        self.dropped = {} if restart else {key: at + 2.0 for key, at in self.dropped.items()}
 
     @rule(names=st.sets(st.sampled_from(NAMES)))
     def hear(self, names: set[str]) -> None:
@@ -268,5 +259,5 @@ class Replication(RuleBasedStateMachine):
         assert build_map(stored, 1) == build_map(self.world.state, 1)
 
 
-Replication.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Replication.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestReplication = Replication.TestCase

@@ -296,6 +296,12 @@ def test_what_cannot_be_is_left_alone(learning: World, change: dict[str, object]
     assert learning.state.job == before
 
 
+def test_nobody_joins_who_was_not_catching_up(learning: World) -> None:
+    learning.server("c")
+    assert not learning.change_isr(1, "abc")
+    assert learning.sets(1) == ("a", "b")
+
+
 def test_wishes_about_no_partition_are_left_alone(learning: World) -> None:
     wish = replicas.Wish(77, 1, 1, (Ref("a", 1),), "x")
     assert learning.do(lambda d: replicas.change_isr(d, Ref("a", 1), [wish])) == []
