@@ -85,6 +85,7 @@ class InSync:
         self._version = 0
         self._wish: Wish | None = None
         self._asked = 0.0
+        self._dead: frozenset[Ref] = frozenset()
         self._joining: set[Ref] = set()
         """Learners that are waited for already, and not asked for yet."""
         self._acked: dict[Ref, int] = {}
@@ -109,8 +110,16 @@ class InSync:
         """Names of those who lack committed-to-be records, for people."""
         return sorted(ref.node for ref in self._waiting() if self._acked.get(ref, 0) < self.last)
 
-    def follow(self, row: pb.Partition, now: float) -> None:
-        """Take a map's row; older ones than the newest are passed over."""
+    def follow(self, row: pb.Partition, now: float, dead: frozenset[Ref] = frozenset()) -> None:
+        """Take a map's row; older ones than the newest are passed over.
+
+        Args:
+            row: the partition's.
+            now: seconds.
+            dead: processes that the coordinator has declared dead. One that was only silent
+                stays in the set until this primary, which lives, asks to drop it: at once.
+        """
+        self._dead = dead
         if row.version <= self._version:
             return
         self._version = row.version
@@ -167,7 +176,7 @@ class InSync:
             self._asked = now
             return self._wish
         self._drop_slow_learners(now)
-        gone = {ref for ref in self.isr - {self.me} if self._owes_since(ref, now) >= self._silent}
+        gone = {ref for ref in self.isr - {self.me} if self._owes_since(ref, now) >= self._patience(ref)}
         come = {ref for ref in self._joining if self._acked.get(ref, 0) >= self.commit} - self.isr
         if not gone and not come:
             return None
@@ -175,10 +184,13 @@ class InSync:
         self._wish = Wish((self.isr - gone) | come | {self.me}, self._version, self._why(gone, come))
         return self._wish
 
+    def _patience(self, ref: Ref) -> float:
+        return 0.0 if ref in self._dead else self._silent
+
     def _owes_since(self, ref: Ref, now: float) -> float:
-        """Seconds that an acknowledgement has been owed; 0 if none is."""
+        """Seconds that an acknowledgement has been owed; below 0 if none is."""
         if self._acked.get(ref, 0) >= self.last:
-            return 0.0
+            return -1.0
         return now - self._since.get(ref, now)
 
     def _drop_slow_learners(self, now: float) -> None:
@@ -188,5 +200,5 @@ class InSync:
             self._advance()
 
     def _why(self, gone: Iterable[Ref], come: Iterable[Ref]) -> str:
-        parts = [f"no acknowledgement from {ref.node} for {self._silent:g} s" for ref in sorted(gone)]
+        parts = [f"no acknowledgement from {ref.node} for {self._patience(ref):g} s" for ref in sorted(gone)]
         return "; ".join([*parts, *(f"{ref.node} has caught up" for ref in sorted(come))])

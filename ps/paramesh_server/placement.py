@@ -167,7 +167,7 @@ class Placement:
                 self._shards.fail(row.id, error)
                 return
             if self._is_mine(row):
-                held.replica.lead(row, time.monotonic())
+                held.replica.lead(row, time.monotonic(), self._dead())
                 await held.run(partial(self._shards.fence_remembered, held.partition), inline=True)
         await self._take_role(held, row)
         held.stir()
@@ -184,11 +184,16 @@ class Placement:
             replica.promise(row.epoch)
             await held.run(partial(replica.take_over, row.epoch))
             log.warning("partition=%d promoted epoch=%d lsn=%d", row.id, row.epoch, replica.machine.log.lsn)
-            replica.lead(row, time.monotonic())
+            replica.lead(row, time.monotonic(), self._dead())
             await held.run(lambda: self._shards.fence_remembered(held.partition), inline=True)
         elif row.epoch > held.partition.epoch:
             await held.run(lambda: held.partition.raise_epoch(row.epoch), inline=True)
-        replica.lead(row, time.monotonic())
+        replica.lead(row, time.monotonic(), self._dead())
+
+    def _dead(self) -> frozenset[Ref]:
+        routes = self._shards.routes
+        nodes = [] if routes is None else routes.map.nodes
+        return frozenset(Ref.of(n.ref) for n in nodes if n.state in (pb.NODE_STATE_DEAD, pb.NODE_STATE_LEFT))
 
     async def make(self, row: pb.Partition) -> Partition:
         """An empty replica of a partition.

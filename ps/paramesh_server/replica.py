@@ -112,7 +112,7 @@ class Replica:
 
     # The primary.
 
-    def lead(self, row: pb.Partition, now: float) -> None:
+    def lead(self, row: pb.Partition, now: float, dead: frozenset[Ref] = frozenset()) -> None:
         """The map names this process: from a follower, `take_over` has run before.
 
         The first primary of a partition has nothing to take over, and no EPOCH record.
@@ -122,7 +122,7 @@ class Replica:
             self.insync = InSync(self.me)
             self._serves_from = self.machine.log.lsn
         self.promised = max(self.promised, row.epoch)
-        self.insync.follow(row, now)
+        self.insync.follow(row, now, dead)
         self.machine.log.replicated = bool(self.insync.followers)
         self.appended(now)
 

@@ -188,3 +188,15 @@ def test_a_learner_that_was_not_asked_for_is_dropped_freely() -> None:
     assert p.commit == 1
     p.lost(C)
     assert p.commit == 2
+
+
+def test_who_was_declared_dead_is_asked_away_at_once() -> None:
+    """A promotion for silence leaves the set as it is: the new primary, which lives, trims it."""
+    p = InSync(ME)
+    p.follow(row(1, {ME, B}, set()), 0.0, frozenset({B}))
+    assert p.wish(0.0) is None  # it owes nothing yet
+    p.appended(1, 0.0)
+    wish = p.wish(0.0)
+    assert wish is not None
+    assert wish.isr == {ME}
+    assert p.commit == 0
