@@ -96,6 +96,32 @@ def test_a_silent_primary_is_replaced_and_dropped_by_its_successor_and_learns_wh
     play(body, **R2)
 
 
+def test_a_second_failover_for_silence_waits_for_positive_death() -> None:
+    async def body(scene: Scene) -> None:
+        hearts = {name: (await scene.server(name))[1] for name in "ab"}
+        await scene.host("h")
+        row = await scene.call.partition(0)
+        first, second = (one.node for one in row.isr)
+        await hearts[first].stop()
+        await is_online(scene, 0, 2)
+        control = await scene.control()
+        await scene.call.server(first, 1, control.address)
+        scene.heart(co.NODE_KIND_SERVER, first)
+        await hearts[second].stop()
+
+        async def offline() -> bool:
+            return (await scene.call.partition(0)).state == pb.PARTITION_STATE_OFFLINE
+
+        await until(offline, 10, "the second silence to be noticed")
+        told = [event for event in await scene.call.events(limit=1000) if event.kind == "partition_offline"]
+        assert "failed over for silence less than 30 s ago" in told[-1].evidence
+        await scene.call.exit_of_server(second)
+        row = await scene.call.partition(0)
+        assert (row.primary.node, row.epoch, list(row.isr)) == (first, 3, [ref(first)])
+
+    play(body, **R2)
+
+
 def test_a_primary_that_is_not_heard_drops_nobody() -> None:
     async def body(scene: Scene) -> None:
         hearts = {name: (await scene.server(name))[1] for name in "ab"}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paramesh.errors import ParameshError
-from paramesh_coordinator.balance import Load, place
+from paramesh_coordinator.balance import Load, follower, place, place_replicas
 
 MIB = 1 << 20
 
@@ -83,3 +83,47 @@ def test_the_answer_does_not_depend_on_the_order_of_servers(sizes: list[int], lo
 def test_equal_partitions_are_dealt_out_equally(count: int, servers: int) -> None:
     placed = Counter(place([4 * MIB] * count, [Load(f"s{n}") for n in range(servers)]))
     assert max(placed.values()) - min(placed.get(f"s{n}", 0) for n in range(servers)) <= 1
+
+
+# --- replicas ---
+
+
+@given(st.lists(st.integers(0, 32 * MIB), max_size=40), st.integers(1, 4), LOADS)
+def test_replicas_are_on_different_servers_and_primaries_as_without_them(
+    sizes: list[int], replicas: int, loads: list[Load]
+) -> None:
+    placed = place_replicas(sizes, replicas, loads)
+    assert [names[0] for names in placed] == place(sizes, loads)
+    for names in placed:
+        assert len(set(names)) == len(names) == min(replicas, len(loads))
+
+
+@given(st.integers(1, 120), st.integers(2, 9), st.integers(2, 4))
+def test_equal_replicas_are_dealt_out_evenly(count: int, servers: int, replicas: int) -> None:
+    placed = place_replicas([4 * MIB] * count, replicas, [Load(f"s{n}") for n in range(servers)])
+    held = Counter(name for names in placed for name in names)
+    assert max(held.values()) - min(held.get(f"s{n}", 0) for n in range(servers)) <= 2
+
+
+def test_followers_go_to_another_host_where_there_is_a_choice() -> None:
+    loads = [Load("a", host="x"), Load("b", host="x"), Load("c", host="y", nbytes=1000)]
+    assert place_replicas([10, 10], 2, loads[:2]) == [("a", "b"), ("b", "a")]
+    assert place_replicas([10, 10], 2, loads) == [("a", "c"), ("b", "c")]
+    assert [names[2] for names in place_replicas([10, 10], 3, loads)] == ["b", "a"]
+
+
+def test_full_servers_take_no_follower_and_no_room_of_a_primary_is_used() -> None:
+    loads = [Load("a", capacity=10), Load("b", capacity=25)]
+    assert place_replicas([10, 10, 10], 2, loads) == [("a",), ("b",), ("b",)]
+
+
+def test_arithmetic_must_be_the_same() -> None:
+    loads = [Load("a", kind=b"x"), Load("b", kind=b"y"), Load("c", kind=b"x", nbytes=99)]
+    assert place_replicas([10], 2, loads) == [("a", "c")]
+    assert follower(10, loads[1:2], loads) is None
+
+
+def test_who_is_to_be_avoided_is_the_last_choice() -> None:
+    loads = [Load("a"), Load("b"), Load("c", nbytes=99)]
+    assert follower(1, loads[:1], loads, avoid={"b"}) == loads[2]
+    assert follower(1, loads[:1], loads[:2], avoid={"b"}) == loads[1]

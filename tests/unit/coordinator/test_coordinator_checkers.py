@@ -210,3 +210,20 @@ def test_nobody_dies_who_beats_whatever_happens_to_us(history: list[tuple[float,
             silent = {"cut": [A, B, C], "one silent": [C]}.get(what, [])
             clock.run(clock.now + seconds, silent=silent, deaf=[C] if what == "one deaf" else [])
     assert set(clock.dead) <= {C}
+
+
+def test_only_an_echo_of_the_last_two_beats_is_fresh_and_one_from_the_store_was_never_heard() -> None:
+    clock = Clock([A, B])
+    clock.run(10)
+    assert clock.liveness.fresh(A, clock.now)
+    clock.run(11, silent=[A])
+    assert clock.liveness.fresh(B, clock.now)
+    assert not clock.liveness.fresh(A, clock.now)
+    assert not clock.liveness.fresh(C, clock.now), "unknown"
+    clock.liveness.track(C, clock.now, heard=False)
+    assert not clock.liveness.fresh(C, clock.now), "a restarted coordinator has not heard it yet"
+    first = clock.liveness.beat(C, 0, clock.now)
+    assert first is not None
+    assert not clock.liveness.fresh(C, clock.now), "a first beat echoes nothing"
+    clock.liveness.beat(C, first, clock.now)
+    assert clock.liveness.fresh(C, clock.now)
