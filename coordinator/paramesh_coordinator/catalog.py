@@ -6,6 +6,7 @@ writes the table and all its partitions in one decision.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,14 +168,18 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
 
 def loads_of(servers: Sequence[ServerRow], parts: Sequence[PartitionRow]) -> list[Load]:
     """What each of these servers holds."""
-    loads = {row.ref: Load(row.name, capacity=row.capacity_bytes, host=row.host_id, kind=row.fingerprint)
-             for row in servers}  # fmt: skip
+    nbytes, copies = (dict.fromkeys((row.ref for row in servers), 0) for _ in range(2))
+    held = Counter[Ref]()
     for part in parts:
-        for ref in {part.primary, *part.holders} & loads.keys():
-            mine = ref == part.primary and part.state is PartitionState.ONLINE
-            load = loads[ref]
-            loads[ref] = load.plus(part.nbytes) if mine else load.plus_copy(part.nbytes)
-    return list(loads.values())
+        primary = part.primary if part.state is PartitionState.ONLINE else None
+        for ref in part.holders:
+            if ref in nbytes:
+                held[ref] += 1
+                (nbytes if ref == primary else copies)[ref] += part.nbytes
+    return [
+        Load(s.name, nbytes[s.ref], held[s.ref], s.capacity_bytes, copies[s.ref], s.host_id, s.fingerprint)
+        for s in servers
+    ]
 
 
 def table_spec(state: ClusterState, table_id: int) -> tuple[TableRow, pb.TableSpec]:

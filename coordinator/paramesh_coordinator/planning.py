@@ -108,14 +108,21 @@ class Planning:
                 await asyncio.sleep(PAUSE_SECONDS)
 
     def _is_due(self) -> bool:
-        return self._driver.recent.waits or self._driver.state.job.map_version != self._planned
+        state = self._driver.state
+        if state.job.map_version == self._planned and not self._driver.recent.waits:
+            return False
+        live = {row.ref for row in state.live_servers()}
+        if not replicas.is_even(state.rows(PartitionRow).values(), live):
+            return True
+        self._planned = state.job.map_version
+        return False
 
     async def _plan(self) -> None:
-        # Surplus replicas go only while all who stay are fresh: asked again until it is so.
         try:
             changed = await self._driver.decide(replicas.plan)
         except ParameshError as error:
             log.error("replicas not planned, will try again reason=%s error=%s", error.reason, error)
             return
+        # Surplus replicas go only while all who stay are fresh: asked again until it is so.
         surplus = any(len(part.isr) > part.replicas for part in self._driver.state.rows(PartitionRow).values())
         self._planned = -1 if changed or surplus else self._driver.state.job.map_version

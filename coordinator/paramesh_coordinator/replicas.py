@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from paramesh.errors import refuse
@@ -21,7 +21,7 @@ from paramesh_coordinator.failover import promoted_row, settle
 from paramesh_coordinator.rows import NodeState, PartitionRow, PartitionState, Ref, ServerRow
 from paramesh_coordinator.state import Draft, Dropped, Senses
 
-__all__ = ["Change", "Limits", "Wish", "adopt", "change_isr", "plan", "plan_replicas", "promote_with_loss"]
+__all__ = ["Change", "Limits", "Wish", "adopt", "change_isr", "is_even", "plan", "plan_replicas", "promote_with_loss"]
 
 REST_SECONDS = 2.0
 """A server that a primary has dropped is not made its learner again before: whatever made it
@@ -199,6 +199,18 @@ def _without_learner(part: PartitionRow, ref: Ref) -> Change:
     return Change(
         "learner_removed", dataclasses.replace(part, learners=tuple(r for r in part.learners if r != ref)), ref
     )
+
+
+def is_even(parts: Iterable[PartitionRow], live: Collection[Ref]) -> bool:
+    """Whether a plan would find nothing to do, without making one."""
+    for part in parts:
+        in_sync = sum(ref in live for ref in part.isr)
+        if part.state is not PartitionState.ONLINE:
+            if in_sync:
+                return False
+        elif in_sync + len(part.learners) != part.replicas:
+            return False
+    return True
 
 
 def plan(draft: Draft) -> int:
