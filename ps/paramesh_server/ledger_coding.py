@@ -71,6 +71,9 @@ class Reader:
         Raises:
             RequestRefused: FORMAT, it is cut off, too long, or not in its shortest form.
         """
+        if self.at < len(self._data) and (byte := self._data[self.at]) < 0x80:
+            self.at += 1  # most are this small
+            return byte
         value = shift = 0
         for byte in self._data[self.at : self.at + INT_BYTES]:
             self.at += 1
@@ -147,7 +150,7 @@ def coder_of(kind: Any) -> Coder:
         return _dict(coder_of(args[0]), coder_of(args[1]))
     if origin is types.UnionType and len(args) == 2 and args[1] is type(None):
         return _optional(coder_of(args[0]))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind)
     if isinstance(kind, type) and issubclass(kind, Message):
         return _message(kind)

@@ -81,6 +81,7 @@ class World:
         fresh = Ledger(t.JobConfig())
         fresh.install(self.shadow.capture())
         assert fresh.state_digest() == self.shadow.state_digest()
+        assert fresh.summary() == self.shadow.summary(), "what is derived is derived alike"
         self.shadow = fresh
 
     def fail_during(self, keep: int) -> None:

@@ -17,7 +17,7 @@ all of the above still holds (1, 9, 14, 17, 20).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -75,7 +75,7 @@ class Model(RuleBasedStateMachine):
     """Members that come and go."""
 
     mode = lg.MODE_SYNC
-    events: dict[str, Callable[[Any, int], None]] = {
+    events: ClassVar[dict[str, Callable[[Any, int], None]]] = {
         "join": lambda self, _: self.join() if len(self.clients) < 5 else None,
         "leave": lambda self, number: self.end(number, "leave"),
         "evict": lambda self, number: self.end(number, "evict"),
