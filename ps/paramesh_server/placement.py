@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
-from functools import partial
 
 from paramesh.channel import header
 from paramesh.coordinator_link import CoordinatorLink
@@ -28,8 +26,8 @@ from paramesh_server.aggregate import Workspace
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.partition import Partition
-from paramesh_server.replica import Role
-from paramesh_server.shards import Held, Shards, Slot
+from paramesh_server.roles import take_role
+from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
 
 log = logging.getLogger(__name__)
@@ -145,7 +143,7 @@ class Placement:
             log.info("partition=%d dropped map_version=%d", number, routes.version)
             await self._shards.drop(number)
         if LEDGER in rows:
-            await self._ledger.follow(routes, mine=self._is_mine(rows[LEDGER]), keep=self._keeps(rows[LEDGER]))
+            await self._follow_ledger(routes, rows[LEDGER])
         for number, row in rows.items():
             here = number in self._shards.held or row.state != pb.PARTITION_STATE_OFFLINE
             if number != LEDGER and self._keeps(row) and here:
@@ -166,29 +164,16 @@ class Placement:
                 log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
                 self._shards.fail(row.id, error)
                 return
-            if self._is_mine(row):
-                held.replica.lead(row, time.monotonic(), self._dead())
-                await held.run(partial(self._shards.fence_remembered, held.partition), inline=True)
-        await self._take_role(held, row)
+        if await take_role(held, row, mine=self._is_mine(row), dead=self._dead()):
+            await held.run(lambda: self._shards.fence_remembered(held.partition), inline=True)
         held.stir()
         self._follow_up(held)
 
-    async def _take_role(self, held: Held, row: pb.Partition) -> None:
-        replica = held.replica
-        if not self._is_mine(row):
-            if replica.role is Role.PRIMARY and row.epoch > replica.machine.epoch:
-                log.warning("partition=%d deposed epoch=%d primary=%s", row.id, row.epoch, row.primary.node)
-            replica.heed(row.epoch)
-            return
-        if replica.role is Role.FOLLOWER:
-            replica.promise(row.epoch)
-            await held.run(partial(replica.take_over, row.epoch))
-            log.warning("partition=%d promoted epoch=%d lsn=%d", row.id, row.epoch, replica.machine.log.lsn)
-            replica.lead(row, time.monotonic(), self._dead())
-            await held.run(lambda: self._shards.fence_remembered(held.partition), inline=True)
-        elif row.epoch > held.partition.epoch:
-            await held.run(lambda: held.partition.raise_epoch(row.epoch), inline=True)
-        replica.lead(row, time.monotonic(), self._dead())
+    async def _follow_ledger(self, routes: Routes, row: pb.Partition) -> None:
+        mine, listed = self._is_mine(row), self._keeps(row)
+        slot = await self._ledger.follow(routes, row, mine=mine, listed=listed, dead=self._dead())
+        if slot is not None:
+            self._follow_up(slot)
 
     def _dead(self) -> frozenset[Ref]:
         routes = self._shards.routes

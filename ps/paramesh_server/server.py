@@ -36,13 +36,13 @@ from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.metrics import serve_metrics
 from paramesh_server.outbound import Outbound
-from paramesh_server.partition import Partition
-from paramesh_server.placement import Placement
+from paramesh_server.placement import LEDGER, Placement
 from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
 from paramesh_server.registration import Registration
+from paramesh_server.replica import Machine
 from paramesh_server.servicer import DataPlane
-from paramesh_server.shards import Held, Shards
+from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
 from paramesh_server.wishes import Wishes
 
@@ -109,24 +109,32 @@ class ParameterServer:
         config = self.config
         me = pb.ReplicaRef(node=config.name, incarnation=self.incarnation)
         self._link = CoordinatorLink(config.coordinator, config.job)
-        self._ledger = LedgerHost(config.job)
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
+        self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced)
         ref = Ref.of(me)
         self._outbound = Outbound(config.job, self._generation, ref, lambda: self._shards.routes)
         self._placement = Placement(
             me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
         )
         self._inbound = Inbound(config.job, self._generation, ref, self._replica, self._empty)
-        self._wishes = Wishes(config.job, self._generation, ref, self._link, self._shards.held.values)
+        self._wishes = Wishes(config.job, self._generation, ref, self._link, self._slots)
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
         self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
 
-    async def _replica(self, partition: int) -> Held | None:
+    def _slots(self) -> list[Slot]:
+        ledger = [self._ledger.slot] if self._ledger.slot is not None else []
+        return [*ledger, *self._shards.held.values()]
+
+    async def _replica(self, partition: int) -> Slot | None:
+        if partition == LEDGER:
+            return self._ledger.slot
         return await self._shards.replica(partition, lambda: self._placement.listed(partition))
 
-    async def _empty(self, partition: int) -> Partition:
+    async def _empty(self, partition: int) -> Machine:
+        if partition == LEDGER:
+            return self._ledger.fresh()
         assert self._shards.routes is not None
         return await self._placement.make(self._shards.routes.partition(partition))
 

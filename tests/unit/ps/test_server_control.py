@@ -18,6 +18,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server import placement
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
+from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.placement import Placement
 from paramesh_server.servicer import DataPlane
@@ -57,7 +58,7 @@ class Node:
 
     def __init__(self, spec: pb.TableSpec) -> None:
         self.link = FakeLink(spec)
-        self.ledger = LedgerHost("job")
+        self.ledger = LedgerHost("job", Ref.of(ME), ThreadPoolExecutor(1))
         self.shards = Shards(ThreadPoolExecutor(1), lambda p: self.placement.mine(p), lambda: self.placement.refresh())
         self.placement = Placement(ME, "job", self.link, self.shards, self.ledger, Budget(1 << 30))  # type: ignore[arg-type]
         self.link.listeners.append(self.placement.on_map)
@@ -134,14 +135,14 @@ def test_an_offline_partition_is_kept() -> None:
     async def test() -> None:
         node = Node(SPEC)
         await node.follow(routes(1, [ME, ME]))
-        kept, ledger = node.shards.held[1], node.ledger.service()
+        kept, ledger = node.shards.held[1], await node.ledger.service()
         lost = routes(2, [ME, ME])
         for row in lost.map.partitions:
             row.state = pb.PARTITION_STATE_OFFLINE
         await node.follow(Routes(lost.map))
         await node.follow(routes(3, [ME, ME], epoch=2))
         assert node.shards.held[1] is kept
-        assert node.ledger.service() is ledger
+        assert await node.ledger.service() is ledger
 
 
 def test_an_offline_partition_that_is_not_here_is_not_made() -> None:
@@ -186,13 +187,13 @@ def test_a_new_generation_drops_everything() -> None:
     async def test() -> None:
         node = Node(SPEC)
         await node.follow(routes(1, [ME, ME]))
-        partition, ledger = node.shards.held[1].partition, node.ledger.service()
+        partition, ledger = node.shards.held[1].partition, await node.ledger.service()
         partition.assign(1, 1, value_writes(partition.layout, random_gradients(partition.layout, 1)), 1)
         stage(partition, 1, list(random_gradients(partition.layout, 2)))
         await node.follow(routes(2, [ME, ME], generation=2))
         assert node.shards.held[1].partition.initialising
         assert partition.staging.nbytes == 0
-        assert node.ledger.service() is not ledger
+        assert await node.ledger.service() is not ledger
 
     on_loop(test)
 

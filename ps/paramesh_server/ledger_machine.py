@@ -1,0 +1,76 @@
+"""The ledger as a replicated state machine: its records in a partition's log.
+
+machine = LedgerMachine(config, epoch=1)
+machine.append(record)               # the sink of the ledger that serves
+machine.replay(record)               # at a follower
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from paramesh.v1 import replication_pb2 as rp
+from paramesh.v1 import types_pb2 as pb
+
+from paramesh_server import ledger_log
+from paramesh_server.ledger import Ledger
+from paramesh_server.ledger_codec import decode_record, encode_record
+from paramesh_server.log import Log, Position, Record
+from paramesh_server.writes import SlotFrame
+
+
+class LedgerMachine:
+    """Partition 0. Lives on the event loop: its events are microseconds.
+
+    Args:
+        config: the job's settings.
+        epoch: of the map that names this replica.
+    """
+
+    id = 0
+
+    def __init__(self, config: pb.JobConfig, epoch: int) -> None:
+        self.ledger = Ledger(config)
+        self.epoch = epoch
+        self.log = Log()
+
+    def append(self, record: ledger_log.Record) -> None:
+        """Take a record of the ledger into the log."""
+        data = encode_record(record) if self.log.replicated else b""
+        body = rp.LogRecord(ledger=data) if data else None
+        self.log.append(rp.RECORD_KIND_LEDGER, epoch=self.epoch, checksum=zlib.crc32(data), body=body)
+
+    def replay(self, record: Record) -> None:
+        """Apply a committed record.
+
+        Raises:
+            ParameshError: FORMAT.
+            ValueError: it does not follow the last one.
+        """
+        if record.body.WhichOneof("body") == "ledger":
+            self.ledger.replay([decode_record(record.body.ledger)])
+        self.log.adopt(record)
+        self.epoch = max(self.epoch, record.header.epoch)
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Begin a new primary's epoch."""
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self.log.append(rp.RECORD_KIND_EPOCH, epoch=epoch)
+
+    def capture(self) -> rp.ReplicaState:
+        """The whole state; there are no tensors."""
+        return rp.ReplicaState(lsn=self.log.lsn, epoch=self.log.last.epoch, ledger=self.ledger.capture())
+
+    def restore(self, state: rp.ReplicaState, writes: Sequence[SlotFrame]) -> None:
+        """Become what a snapshot says. On a machine that was just made.
+
+        Raises:
+            ParameshError: FORMAT.
+        """
+        self.ledger.install(state.ledger)
+        self.log.reset(Position(state.lsn, state.epoch))
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
