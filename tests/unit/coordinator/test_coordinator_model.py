@@ -29,7 +29,7 @@ def _came_back(old: PartitionRow, row: PartitionRow) -> bool:
 class Replication(RuleBasedStateMachine):
     """Four servers, up to three replicas."""
 
-    @initialize(replicas=st.sampled_from([2, 3, 1]), servers=st.sampled_from([3, 4, 1, 2]))
+    @initialize(replicas=st.sampled_from([2, 3, 2, 1]), servers=st.sampled_from([3, 4, 2]))
     def begin(self, replicas: int, servers: int) -> None:
         self.world = World(min_servers=servers, replicas=replicas)
         self.newest = dict.fromkeys(NAMES, 0)
@@ -120,25 +120,43 @@ class Replication(RuleBasedStateMachine):
         if self._state(ref) is NodeState.LIVE:
             self.ended |= {Ref(name, n) for n in range(1, incarnation)}
 
-    @rule(name=st.sampled_from(NAMES))
-    def start(self, name: str) -> None:
-        """The next process of a server; it replaces a live one."""
-        self._register(name, self.newest[name] + 1, replace=True)
+    def _names(self, state: NodeState | None, certain: bool = False) -> list[str]:
+        """Whose newest process is in a state."""
+        newest = {name: self.world.servers().get(Ref(name, n)) for name, n in self.newest.items()}
+        return [n for n, row in newest.items() if (row and row.state) is state and certain == bool(row and row.certain)]
 
-    @rule(name=st.sampled_from(NAMES))
-    def come_back(self, name: str) -> None:
-        """The newest process registers again: after silence, or again for nothing."""
-        if self.newest[name] and Ref(name, self.newest[name]) not in self.ended:
+    @rule(data=st.data(), replace=st.booleans())
+    def start(self, data: st.DataObject, replace: bool) -> None:
+        """The next process of a server that ended; or of a live one, which it replaces."""
+        gone = [*self._names(NodeState.DEAD, certain=True), *self._names(NodeState.LEFT, True), *self._names(None)]
+        if gone or replace:
+            name = data.draw(st.sampled_from(gone or list(NAMES)))
+            self._register(name, self.newest[name] + 1, replace=True)
+            self.plan()
+
+    @precondition(lambda self: self._names(NodeState.DEAD))
+    @rule(data=st.data())
+    def come_back(self, data: st.DataObject) -> None:
+        """A silent process is heard again, unless it has ended without anybody's knowing."""
+        name = data.draw(st.sampled_from(self._names(NodeState.DEAD)))
+        if Ref(name, self.newest[name]) not in self.ended:
             self._register(name, self.newest[name])
 
-    @rule(name=st.sampled_from(NAMES), how=st.sampled_from(["exit", "leave"]))
-    def end(self, name: str, how: str) -> None:
+    @precondition(lambda self: len(self._names(NodeState.LIVE)) > 2)
+    @rule(data=st.data(), how=st.sampled_from(["exit", "leave"]))
+    def end(self, data: st.DataObject, how: str) -> None:
+        """A process ends, and somebody says so: perhaps of one that is dead for silence."""
+        name = data.draw(st.sampled_from([*self._names(NodeState.LIVE), *self._names(NodeState.DEAD)]))
         ref = Ref(name, self.newest[name])
         self.ended.add(ref)
         self._decide(getattr(self.world, how), name, ref.incarnation)
 
-    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1, max_size=3))
-    def fall_silent(self, names: set[str]) -> None:
+    @precondition(lambda self: len(self._names(NodeState.LIVE)) > 1)
+    @rule(data=st.data())
+    def fall_silent(self, data: st.DataObject) -> None:
+        names = data.draw(st.sets(st.sampled_from(self._names(NodeState.LIVE)), min_size=1, max_size=2))
+        if len(self._names(NodeState.LIVE)) - len(names) < 1:
+            return
         by_incarnation = {n: self.newest[n] for n in names}
         for incarnation in set(by_incarnation.values()):
             mine = sorted(n for n in names if by_incarnation[n] == incarnation)
@@ -165,8 +183,8 @@ class Replication(RuleBasedStateMachine):
             return
         row = data.draw(st.sampled_from(pool))
         joining = set(row.learners) if data.draw(st.booleans()) else set()
-        leaving = set() if joining else data.draw(st.sets(st.sampled_from(row.isr)))
-        strangers = data.draw(st.sets(st.sampled_from([*self.world.servers()]), max_size=1)) - {*row.holders}
+        leaving = set() if joining else set(data.draw(st.sampled_from([row.isr[1:], row.isr[-1:], ()])))
+        strangers = set(data.draw(st.sampled_from([[], [], [*self.world.servers()][-1:]]))) - {*row.holders}
         isr = tuple(ref for ref in (*row.isr, *sorted(joining | strangers)) if ref not in leaving)
         now = self.world.row(row.partition)
         fresh = (row.epoch, row.version, row.primary) == (now.epoch, now.version, now.primary)
@@ -179,6 +197,17 @@ class Replication(RuleBasedStateMachine):
             assert not done, "a wish was granted that is stale or names a stranger"
         if done and not set(row.isr) <= set(isr):
             assert row.primary.name not in self.unheard, "dropped by one that is not heard"
+
+    @precondition(lambda self: self._catching_up())
+    @rule(data=st.data())
+    def catch_up(self, data: st.DataObject) -> None:
+        """A learner has everything: its primary asks for it."""
+        row = data.draw(st.sampled_from(self._catching_up()))
+        self.complete[row.partition] |= set(row.learners)
+        assert self._decide(self.world.change_isr, row.partition, row.holders, may=("isr",))
+
+    def _catching_up(self) -> list[PartitionRow]:
+        return [row for row in self.world.partitions() if row.learners and row.state is PartitionState.ONLINE]
 
     @rule(data=st.data())
     def acknowledge(self, data: st.DataObject) -> None:
@@ -201,6 +230,7 @@ class Replication(RuleBasedStateMachine):
             if row.partition not in offline and row.state is PartitionState.ONLINE:
                 assert len(wanted) <= max(row.replicas, len(row.isr)), "learners nobody needs"
 
+    @precondition(lambda self: len(self.world.partitions()) < 8)
     @rule(number=st.integers(0, 2), replicas=st.integers(0, 3))
     def table(self, number: int, replicas: int) -> None:
         spec = table_spec(f"t{number}", 256 * (number + 1))
@@ -259,5 +289,5 @@ class Replication(RuleBasedStateMachine):
         assert build_map(stored, 1) == build_map(self.world.state, 1)
 
 
-Replication.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Replication.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 TestReplication = Replication.TestCase
