@@ -30,6 +30,9 @@ T = TypeVar("T")
 INLINE_BYTES = 128 << 10
 """Work on fewer bytes runs on the event loop: it takes some 20 us, a hop to the pool 100."""
 
+LEDGER = 0
+"""The ledger's partition: in every map, and served by another service."""
+
 ARRIVAL_S = 2.0
 """How long a request waits for a partition that the map already gives to this server."""
 
@@ -170,6 +173,8 @@ class Shards:
         """
         if partition in self.held:
             return self.held[partition]
+        if partition == LEDGER:
+            raise refuse("WRONG_PARTITION", "partition 0 is the ledger's and holds no table", partition=partition)
         if self.routes is None or partition not in self.routes:
             await self._look_again(partition)
         if self._mine(partition):

@@ -11,7 +11,10 @@ from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError
 from paramesh.v1 import parameter_server_pb2 as ps
 
-from tests.faults.bad_input_rows import CONTROL_ROWS, DATA_ROWS, LEDGER_ROWS, Row
+from tests.faults.bad_input_control_rows import CONTROL_ROWS
+from tests.faults.bad_input_ledger_rows import LEDGER_ROWS
+from tests.faults.bad_input_rows import DATA_ROWS, Row
+from tests.faults.bad_input_step_rows import STEP_ROWS
 from tests.faults.bench import GRADIENT, Bench
 
 
@@ -43,6 +46,10 @@ class TestRefusals:
     def test_data_plane(self, bench, row):
         self.check(bench, row)
 
+    @rows(STEP_ROWS)
+    def test_steps_and_reads(self, bench, row):
+        self.check(bench, row)
+
     @rows(CONTROL_ROWS)
     def test_registration_and_schemas(self, bench, row):
         self.check(bench, row)
@@ -53,14 +60,12 @@ class TestRefusals:
 
     def check(self, bench: Bench, row: Row) -> None:
         """The reason is right, nothing changed, and the server still serves a right request."""
-        state, values = bench.state(), bench.values()
+        bench.snapshot()
         with pytest.raises(ParameshError) as refused:
             row.send(bench)
         assert refused.value.reason == row.reason, str(refused.value)
         assert refused.value.code == REASONS[row.reason].code
-        assert bench.values() == values
-        if not row.noop:
-            assert bench.state() == state
+        bench.check_unchanged(noop=row.noop)
         bench.new_client()
         assert bench.push(sequenced=ps.SequenceKey(seq=1)).lsn > 0
 
