@@ -27,6 +27,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server.aggregate import Part, Reduction, Workspace, flat_views, squared_norm, sum_parts
 from paramesh_server.decisions import check_record, parts_of, reduction_of
 from paramesh_server.dedup import Dedup, Digest, Entry, Verdict
+from paramesh_server.finite import APPLY_ALL, passes
 from paramesh_server.log import Log
 from paramesh_server.optimizer import PartitionOptimizer, Setting
 from paramesh_server.requests import Outcome, StagedAt, Update
@@ -73,6 +74,9 @@ class Partition:
         """Sequenced updates applied; for people."""
         self.duplicates = 0
         """Sequenced updates recognised as applied before; for people."""
+        self.non_finite = 0
+        """Sequenced updates skipped for a NaN or an infinity; for people."""
+        self._policy = spec.non_finite
         self._group = 0
         """The ledger's number of the table's group, from the first decision or put."""
         self._init_attempt = 0
@@ -198,17 +202,20 @@ class Partition:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
         parts = [] if record.skip else parts_of(record, self.id, self.staging)
-        self._train(settings, parts, reduction_of(record))  # from here on nothing refuses
+        self._train(settings, parts, reduction_of(record), APPLY_ALL)  # from here on nothing refuses
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
         self.log.append(rp.RECORD_KIND_STEP, epoch=self.epoch, step=record.step, checksum=checksum)
         self._group, self._norm = record.group, None
         self.applied_step = record.step + 1
         self.staging.drop_through(record.group, record.step)
 
-    def _train(self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction) -> None:
-        """Sum and step; without parts only the settings change."""
+    def _train(self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction, policy: int) -> bool:
+        """Sum and step; without parts, or if the policy skips the sum, only the settings change (False)."""
         with self._workspace.borrow(self.layout) as gradient:
             present = sum_parts(self.layout, parts, reduction, gradient)
+            if parts and not passes(policy, gradient.views, present):
+                self.non_finite += 1
+                parts = ()
             # Until the step is whole: memory that ran out in its middle leaves no state to serve.
             self._torn = True
             self.optimizer.configure(settings)
@@ -216,6 +223,7 @@ class Partition:
                 self.optimizer.step(gradient.views, present)
             self._torn = False
         self._trained = True
+        return bool(parts)
 
     def _changed(self, changes: Iterable[pb.TableHyperParameters]) -> dict[str, Setting]:
         merged: dict[str, Setting] = {}
@@ -289,12 +297,12 @@ class Partition:
         try:
             if isinstance(contribution, ParameshError):
                 raise contribution
-            self._apply_update(update, contribution)
+            applied = self._apply_update(update, contribution)
         except ParameshError as error:
             header = self.log.append(rp.RECORD_KIND_NOOP, epoch=self.epoch, client_id=client, seq=update.seq)
             self.dedup.record(client, update.seq, Entry(digest, header.lsn, (error.reason, str(error))))
             raise
-        kind = rp.RECORD_KIND_NOOP if update.skip else rp.RECORD_KIND_PUSH
+        kind = rp.RECORD_KIND_PUSH if applied else rp.RECORD_KIND_NOOP
         header = self.log.append(
             kind, epoch=self.epoch, client_id=client, seq=update.seq, checksum=zlib.crc32(repr(digest).encode())
         )
@@ -310,10 +318,11 @@ class Partition:
             raise error
         return Outcome(entry.lsn, duplicate=True)
 
-    def _apply_update(self, update: Update, contribution: Contribution) -> None:
+    def _apply_update(self, update: Update, contribution: Contribution) -> bool:
+        """Whether it was applied; if not, it was a skip, or became one."""
         settings = self.optimizer.merged(update.changed)
         parts = [] if update.skip else [Part(contribution, update.scale or 1.0)]
-        self._train(settings, parts, Reduction())
+        return self._train(settings, parts, Reduction(), self._policy)
 
     # Writes from outside, fences, cuts.
 
