@@ -82,12 +82,17 @@ class CoordinatorLink:
         await self._register_patiently(patience_s)
         self._beating = asyncio.create_task(self._beat_forever(), name="heartbeats")
 
+    @property
+    def failure_timeout_s(self) -> float:
+        """Seconds of silence after which the coordinator holds a node for dead."""
+        return self._timeout_s
+
     async def report_exit(self, slot: str, exit_code: int, patience_s: float = REPORT_PATIENCE_S) -> bool:
         """Say that a slot's process has ended; repeat until it is confirmed.
 
         Args:
             slot: the process's place.
-            exit_code: as Python's returncode.
+            exit_code: as Python's returncode; `stops.STOPPED_EXIT_CODE` for one that is stopped.
             patience_s: how long to repeat it; the slot waits meanwhile.
 
         Returns:
