@@ -55,7 +55,8 @@ REMEDIES = {
     "SHAPE": "Give the tensor the shape that the table has.",
     "PAYLOAD_SIZE": "A bug or a foreign client: the bytes do not fill what was declared.",
     "CODEC": "Use a codec of this release.",
-    "NON_FINITE": "Look for the cause: learning rate, loss, data. Under AMP use a `GradScaler`.",
+    "NON_FINITE": "Look for the cause: learning rate, loss, data. Under AMP use a `GradScaler`. Or skip such steps: "
+    '[`non_finite="skip"`](guarantees.md#nan-and-infinity).',
     "NAME": "Rename the parameter, the key or the process.",
     "SCHEMA": "The name is taken by something else; use the same settings on every worker.",
     "QUOTA": "The message names the limit.",

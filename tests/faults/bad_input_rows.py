@@ -54,7 +54,8 @@ def changed_gradient() -> bytes:
     return torch.full((21,), 2.0).numpy().tobytes()
 
 
-def _with(value: float) -> bytes:
+def with_one(value: float) -> bytes:
+    """`GRADIENT` with one number replaced, in `w`."""
     gradient = torch.ones(21)
     gradient[3] = value
     return gradient.numpy().tobytes()
@@ -135,6 +136,10 @@ DATA_ROWS = [
     Row(23, "no codec", "CODEC", lambda b: b.push(frame=b.frame(GRADIENT, codec=pb.CODEC_UNSPECIFIED)), noop=True),
     Row(22, "a codec bomb", "CODEC",
         lambda b: b.push(b"0123456789", frame=b.frame(b"0123456789", codec=pb.CODEC_TOP_K, length=1 << 40)), noop=True),
+    *[Row(10, f"a gradient with {value}", "NON_FINITE", lambda b, value=value: b.push(with_one(value)), noop=True)
+      for value in (math.nan, math.inf, -math.inf)],
+    Row(11, "finite and beyond fp32 under its scale", "NON_FINITE",
+        lambda b: b.push(with_one(3e38), sequenced=_seq(grad_scale=2.0)), noop=True),
     Row(26, "damaged bytes", "CRC", lambda b: b.push(frame=b.frame(GRADIENT, checksum=1))),
     Row(26, "unknown checksum kind", "CODEC", lambda b: b.push(frame=b.frame(GRADIENT, checksum_kind=9)), noop=True),
     Row(30, "no client id", "MISSING_FIELD", lambda b: b.push(request=b.request(client_id=0))),
