@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from paramesh import framing, testing
-from paramesh.channel import grpc
+from paramesh import testing
 from paramesh.errors import REASONS, ParameshError
 from paramesh.v1 import parameter_server_pb2 as ps
 
@@ -115,75 +114,6 @@ class TestSequences:
         bench.fence(bench.client.client_id)
         self.refused(bench, "CLIENT_FENCED", 2)
         self.refused(bench, "CLIENT_FENCED", 1)
-
-
-class TestBytes:
-    """Rows 19, 20, 27, 28, 29, 66, 68, 69: below the level of messages."""
-
-    PUSH = "/paramesh.v1.ParameterServer/Push"
-    PULL = "/paramesh.v1.ParameterServer/Pull"
-    READY = "/paramesh.v1.Ledger/Ready"
-
-    @pytest.fixture(autouse=True)
-    def nothing_changes(self, bench):
-        state = bench.state()
-        yield
-        assert bench.state() == state
-
-    def test_garbage_instead_of_a_message(self, bench):
-        for body in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", b"\x7a\x80"):
-            for path, kind in ((self.PUSH, "stream_unary"), (self.PULL, "unary_stream"), (self.READY, "unary_unary")):
-                assert bench.call_bytes(path, body, kind) == grpc.StatusCode.INVALID_ARGUMENT
-
-    def test_an_unknown_method_and_service(self, bench):
-        for path in ("/paramesh.v1.ParameterServer/Nope", "/nope.v1.Nope/Push"):
-            assert bench.call_bytes(path, b"") == grpc.StatusCode.UNIMPLEMENTED
-
-    def test_a_message_above_the_limit(self, bench):
-        body = bytes(framing.MAX_MESSAGE_BYTES + 1)
-        options = [("grpc.max_send_message_length", -1)]
-        with grpc.insecure_channel(bench.server, options=options) as channel, pytest.raises(grpc.RpcError) as refused:
-            channel.stream_unary(self.PUSH)(iter([body]), timeout=10)
-        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def test_metadata_above_the_limit(self, bench):
-        code = bench.call_bytes(self.PULL, b"", "unary_stream", metadata=(("x", "y" * 20_000),))
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def test_an_empty_stream(self, bench):
-        assert bench.call_bytes(self.PUSH, b"", "stream_unary") != grpc.StatusCode.UNKNOWN
-
-    def test_an_expired_deadline(self, bench):
-        request = ps.PullRequest(request=bench.client.header()).SerializeToString()
-        with grpc.insecure_channel(bench.server) as channel, pytest.raises(grpc.RpcError) as refused:
-            list(channel.unary_stream(self.PULL)(request, timeout=-1))
-        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-
-    def test_other_protocols_on_the_port(self, bench):
-        import socket
-
-        host, _, port = bench.server.rpartition(":")
-        for hello in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 16, b"\x16\x03\x01\x02\x00\x01"):
-            with socket.create_connection((host, int(port)), timeout=5) as connection:
-                connection.settimeout(5)
-                connection.sendall(hello)
-                connection.shutdown(socket.SHUT_WR)
-                while connection.recv(65536):
-                    pass
-
-    def test_unknown_fields_of_a_newer_client_are_ignored(self, bench):
-        header = ps.PullRequest(request=bench.client.header(), partitions=[
-            ps.PartitionPull(partition=bench.partition, epoch=1)]).SerializeToString()  # fmt: skip
-        assert bench.call_bytes(self.PULL, header + b"\xf2\x3f\x03abc", "unary_stream") == grpc.StatusCode.OK
-
-
-def test_frames_after_the_last_are_refused_and_a_retry_tells_that_the_push_stands(bench):
-    """Row 7: what was complete when the surplus came was applied; the same seq says so."""
-    message = framing.encode(bench.header(), [GRADIENT])
-    with pytest.raises(ParameshError) as refused:
-        bench.push_messages([message, message])
-    assert refused.value.reason == "PAYLOAD_SIZE"
-    assert bench.push_messages([message]).duplicate
 
 
 @pytest.mark.parametrize("setting", [("lr", -1.0), ("lr", float("nan")), ("no_such_setting", 1.0)])
