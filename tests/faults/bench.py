@@ -6,7 +6,8 @@ back as the typed error they carry, wherever they carry it (status or outcome).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Bench:
         self.server = self.routes.primary(self.partition)[0].address
         self.control = self.routes.primary(self.partition)[0].control_address
         self.client: AsyncClient = self.tool._client
+        self._pool = ThreadPoolExecutor(2)
 
     def new_client(self) -> AsyncClient:
         """Register a client that has sent nothing yet, and make it the sender."""
@@ -53,6 +55,20 @@ class Bench:
             self.cluster.call(self.client.close())
         self.client = self.cluster.call(AsyncClient.connect(self.cluster.address))
         return self.client
+
+    def connect(self) -> AsyncClient:
+        """A further client beside the present one, and make it the sender."""
+        self.client = self.cluster.call(AsyncClient.connect(self.cluster.address))
+        return self.client
+
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call something of this bench without waiting."""
+        return self._pool.submit(call, *arguments)
+
+    def waits(self, kind: str) -> bool:
+        """Whether a call of the ledger sleeps on a key of a kind, such as "step"."""
+        (server,) = self.cluster._servers.values()
+        return any(key[0] == kind for key in server._ledger._service._waits._sleeping)
 
     def state(self) -> dict[int, Any]:
         """Partition -> (lsn, state hash, staged bytes), of the table."""
