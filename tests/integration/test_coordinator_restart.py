@@ -244,10 +244,27 @@ def _check_psctl(said: dict[str, str]) -> None:
     assert (table["name"], table["parameters"], table["value_bytes"], table["optimizer"]) == (
         "net/0", 1024, 4096, "AdamW",
     )  # fmt: skip
-    events = [json.loads(line) for line in said["events"].splitlines()]
+    events = json.loads(said["events"])
     assert [e["id"] for e in events] == sorted(e["id"] for e in events)
+    (evicted,) = [e["evidence"] for e in events if e["kind"] == "client_evicted"]
+    assert (evicted["exit_code"], evicted["reason"]) == (-9, "SIGKILL (exit report from host h)")
     for word in ("server-a", "live", "evicted", "SIGKILL (exit report from host h)", "net/0"):
         assert word in said["page"], word
+
+
+def test_psctl_follows_events_one_per_line(coordinator: CoordinatorProcess) -> None:
+    """One document for who looks once; lines for who follows, each an object of its own."""
+    once = json.loads(psctl(coordinator.address, "events", "--json").stdout)
+    command = [sys.executable, "-m", "paramesh_coordinator.psctl", "events", "--json", "--watch", "--coordinator"]
+    with subprocess.Popen([*command, coordinator.address], stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            lines = [following.stdout.readline() for _ in once]
+        finally:
+            following.kill()
+    assert [json.loads(line) for line in lines] == once
+    assert [event["kind"] for event in once] == ["coordinator_started"]
+    assert once[0]["evidence"]["watched"] == 0
 
 
 def start_seconds() -> float:
