@@ -355,6 +355,21 @@ class TestScaler:
             assert cluster.run(work) == [(2.0**-11, 1)]
 
 
+def test_a_norm_beyond_fp32_of_finite_gradients_clips_in_async() -> None:
+    """A factor of 0 would mean 1 on the wire: the update was applied unclipped."""
+
+    def work(rank: int) -> list[float]:
+        model, optimizer = counter("async", max_grad_norm=1.0)
+        for p in model:
+            p.grad = torch.full_like(p, 3e38)
+        optimizer.step()
+        return [float(values(model).min()), float(values(model).max())]
+
+    with Cluster(deadline=30.0) as cluster:
+        ((low, high),) = cluster.run(work)
+    assert low == high == pytest.approx(-(400**-0.5), rel=1e-4)
+
+
 def test_workers_must_agree() -> None:
     there = threading.Event()
 
