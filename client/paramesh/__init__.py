@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from paramesh.session import init, shutdown
     from paramesh.small_state import state
 
-    __version__: str
+# Read from the package's metadata when asked for. Declared out here: pdoc looks no deeper.
+__version__: str
 
 __all__ = [
     "Client",
