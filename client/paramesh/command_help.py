@@ -95,6 +95,7 @@ def _names(option: Any) -> str:
     names = ", ".join(sorted(option.opts, key=len))
     if option.is_flag:
         return names
+    # By the default, as not every release of typer gives an option its type's choices.
     if isinstance(option.default, enum.Enum):
         return f"{names} {{{','.join(str(each.value) for each in type(option.default))}}}"
     return f"{names} {option.metavar or 'N'}"

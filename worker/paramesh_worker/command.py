@@ -77,7 +77,7 @@ class Command:
     def _check_module(self) -> None:
         # The outermost package only: to look further would run its code here.
         package = self.target.partition(".")[0]
-        if package in sys.builtin_module_names or PathFinder.find_spec(package, [os.getcwd(), *sys.path]):
+        if package in sys.builtin_module_names or PathFinder.find_spec(package, ["", *sys.path]):
             return
         for finder in sys.meta_path:  # as editable installs bring along
             if finder.find_spec(package, None) is not None:

@@ -180,7 +180,7 @@ class Supervisor:
         slot = self._slot(index)
 
         async def report(patience_s: float) -> bool:
-            said = await self._link.report_exit(slot, STOPPED_EXIT_CODE, patience_s)
+            said = await self._link.report_exit(slot, STOPPED_EXIT_CODE, patience_s, quietly=True)
             if said:
                 log.warning("worker %d (%s) is stopped (SIGSTOP); the others go on without it", index, slot)
             return said
