@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from paramesh.errors import ParameshError
-from paramesh_coordinator.dialling import check_address, is_gone
+from paramesh_coordinator.dialling import check_address, is_gone, is_local_peer
 
 ELSEWHERE = "ipv4:10.0.0.7:41234"
 
@@ -30,6 +30,7 @@ def test_another_hosts_loopback_and_link_local_addresses_are_refused(host: str, 
 
 @pytest.mark.parametrize("peer", ["ipv4:127.0.0.1:4", "ipv6:%5B::1%5D:4", "ipv6:%5B::ffff:127.0.0.1%5D:4", "unix:/x"])
 def test_neighbours_on_this_host_may_use_loopback(peer: str, port: int) -> None:
+    assert is_local_peer(peer)
     asyncio.run(check_address(f"127.0.0.1:{port}", "address", peer))
 
 
