@@ -126,6 +126,7 @@ CONTROL_ROWS = [
     Row(8, "a dimension of 2^63 - 1", "SHAPE", lambda b: b.create_table(tensors=_tensors([2**63 - 1, 2]))),
     Row(8, "dimensions that overflow", "SHAPE", lambda b: b.create_table(tensors=_tensors([2**62, 8]))),
     Row(8, "dimensions that overflow to 0", "SHAPE", lambda b: b.create_table(tensors=_tensors([2**32, 2**32]))),
+    Row(9, "an empty tensor", "SHAPE", lambda b: b.create_table(tensors=_tensors([0, 5]))),
     Row(9, "a table without tensors", "MISSING_FIELD", lambda b: b.create_table(tensors=[])),
     Row(4, "dtype 0", "DTYPE", lambda b: b.create_table(tensors=_tensors([4], dtype=pb.DTYPE_UNSPECIFIED))),
     Row(4, "unknown dtype", "DTYPE", lambda b: b.create_table(tensors=_tensors([4], dtype=77))),

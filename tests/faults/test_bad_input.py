@@ -231,6 +231,26 @@ def test_subnormals_and_negative_zeros_are_gradients_too(bench):
     assert bench.push(bytes(gradient)).lsn > 0
 
 
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        {"w": torch.ones(3, 4, dtype=torch.float64)},
+        {"w": torch.ones(3, 4, dtype=torch.int64)},
+        {"w": torch.ones(4, 3)},
+        {"w": torch.ones(12)},
+        {"no_such": torch.ones(1)},
+    ],
+    ids=["dtype", "integers", "shape", "rank", "name"],
+)
+def test_tensors_that_are_not_the_tables_are_refused_where_they_are(bench, gradients):
+    """Rows 3 and 5: a push has no dtype and no shape on the wire, so the client compares them with the schema."""
+    bench.snapshot()
+    with pytest.raises(ParameshError) as refused:
+        bench.tool.push("t", gradients)
+    assert refused.value.reason in ("TENSOR_MISMATCH", "DTYPE")
+    bench.check_unchanged()
+
+
 class TestRoutes:
     """Rows 32 and 34, on clusters of their own: requests that went by an older map."""
 
