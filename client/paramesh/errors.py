@@ -199,9 +199,7 @@ REASONS: dict[str, Reason] = {
     "WAITING_FOR_WORKERS": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "other workers are awaited"),
     "CLOCK": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "the clock is not the next one"),
     "LEASE": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "the sample range is not leased to this worker"),
-    "SAMPLE_RANGE": _row(
-        INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a range of samples ends where it begins"
-    ),
+    "SAMPLE_RANGE": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a range of samples ends where it begins"),
     "SAMPLE_OUT_OF_RANGE": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "a range of samples ends beyond its epoch"),
     # Payloads and schemas.
     "UNKNOWN_TABLE": _row(NOT_FOUND, Action.RAISE, RequestRefused, "no such table"),
