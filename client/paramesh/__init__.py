@@ -20,6 +20,7 @@ Everything else is optional: `rank`, `world_size`, `is_chief`, `device`, `barrie
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from paramesh.session import init, shutdown
     from paramesh.small_state import state
 
-    __version__: str
+# Read from the package's metadata when asked for. Declared out here: pdoc looks no deeper.
+__version__: str
 
 __all__ = [
     "Client",
@@ -83,6 +85,10 @@ _HOMES = {
 importing it would put the module in the function's place."""
 
 _MODULES = ("errors", "testing")
+
+
+if _path := os.environ.get("PARAMESH_ERROR_FILE"):  # set by a supervisor, which is to hear what ended us
+    importlib.import_module("paramesh.last_words").install(_path)
 
 
 def __getattr__(name: str) -> Any:

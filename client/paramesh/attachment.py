@@ -20,14 +20,15 @@ import torch
 from paramesh.amp import AmpState
 from paramesh.buffers import BufferExchange
 from paramesh.encoded import SlotWrite
-from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
+from paramesh.errors import ConfigError, Fenced, ParameshError
 from paramesh.exchange import Contribution, Exchange, GroupSettings, Resumed, Table
 from paramesh.exchange_async import AsyncExchange
 from paramesh.exchange_local import LocalExchange
 from paramesh.exchange_sync import SyncExchange
+from paramesh.gradients import Judge, contribution_of, gradients_of, with_gradient
 from paramesh.hyper import Value, to_protos
 from paramesh.optimizer_state import State, first_values_with, state_of
-from paramesh.options import Options, check_settings, outer_optimizer, settings_of
+from paramesh.options import NON_FINITE, Options, check_settings, outer_optimizer, settings_of
 from paramesh.overlap import Overlap
 from paramesh.profiling import phase
 from paramesh.runtime import barrier, is_chief
@@ -70,6 +71,7 @@ class Attachment:
         self.inner = inner
         self.model = model
         self.options = options
+        self._judge = Judge(options.non_finite)
         self.name = options.name or session.next_optimizer_name()
         self.main: list[Exchange] = [self._exchange(self.name, range(len(inner.param_groups)))]
         """Exchanges of parameters, the first one's groups first."""
@@ -120,7 +122,9 @@ class Attachment:
             settings = lambda: outer  # noqa: E731 - fixed, where the other reads what schedulers change
         check_settings(class_name, settings())  # torch looks at the defaults only, not at what a group has itself
         spec = types_pb2.OptimizerSpec(class_name=class_name, hyper_parameters=to_protos(settings()))
-        return Table(TablePlan(name, group, named, spec, self.options.partition_bytes), settings)
+        plan = TablePlan(name, group, named, spec, self.options.partition_bytes)
+        plan.spec.non_finite = NON_FINITE[self.options.non_finite]
+        return Table(plan, settings)
 
     def _settings_of(self, index: int) -> Callable[[], Mapping[str, Value]]:
         return lambda: settings_of(self.inner, index)
@@ -234,7 +238,11 @@ class Attachment:
         if rejoined or not self._still_counts(before, ranges):
             self._give_back(ranges)
             return False
-        contributions = self._contributions(amp)
+        try:
+            contributions = self._contributions(amp)
+        except ParameshError:
+            self.session.deliveries.restore(ranges, self.name)  # nobody was told: they are the next step's
+            raise
         return self._give(contributions, ranges, counted if weight is None else weight)
 
     def _still_counts(self, before: Mapping[Exchange, int | None], ranges: Sequence[types_pb2.SampleRange]) -> bool:
@@ -259,16 +267,35 @@ class Attachment:
         if not inf:
             having = with_gradient(self.inner)
             amp.unscale([p.grad for p in having if p.grad is not None])
+            # Before this worker's optimizer takes it in: momentum that is NaN would outlive every exchange.
+            local = [Contribution(gradients_of(exchange)) for exchange in self.main]
+            inf = self._judge.skips(self.main, local, amp=amp.found_inf is not None, stored=False)
+        if not inf:
             if self.options.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(having, self.options.max_grad_norm)
             self._run_inner()
         self._local_steps += 1
         if self._local_steps >= self.options.every:
+            deltas = self._deltas()
             ranges, counted = self.session.deliveries.take(self.name)
-            empty = [Contribution([]) for _ in self.main]
-            self._give(empty, ranges, counted if weight is None else weight)
+            self._give(deltas, ranges, counted if weight is None else weight)
             self._local_steps = 0
         return inf
+
+    def _deltas(self) -> list[Contribution]:
+        """What local steps changed. If that is refused they are undone here, so that the next ones may count."""
+        local = [exchange for exchange in self.main if isinstance(exchange, LocalExchange)]
+        deltas = [Contribution(exchange.deltas()) for exchange in local]
+        try:
+            skip = self._judge.skips(local, deltas, of="the change by local steps of")
+        except ParameshError:
+            self._local_steps = 0
+            for exchange in local:
+                exchange.undo_local_steps()
+            raise
+        for contribution in deltas:
+            contribution.skip = skip
+        return deltas
 
     def _give(
         self, contributions: Sequence[Contribution], ranges: Sequence[types_pb2.SampleRange], weight: float
@@ -307,10 +334,13 @@ class Attachment:
     def _contributions(self, amp: AmpState) -> list[Contribution]:
         """All groups' gradients. Unscaled in one go: the scale is used up by it."""
         inf = amp.inf
-        contributions = [_contribution(exchange, inf) for exchange in self.main]
+        contributions = [contribution_of(exchange, inf) for exchange in self.main]
         if not inf:
             with phase("unscale"):
                 amp.unscale([g for c in contributions for row in c.gradients for g in row if g is not None])
+            if self._judge.skips(self.main, contributions, amp=amp.found_inf is not None):
+                for contribution in contributions:
+                    contribution.skip = True
         return contributions
 
     @contextlib.contextmanager
@@ -368,26 +398,3 @@ class Attachment:
             self.session.call(self.session.client.assign(writes), "values to be assigned")
         barrier(f"assign/{exchange.settings.name}")
         exchange.take_assigned()
-
-
-def _contribution(exchange: Exchange, skip: bool) -> Contribution:
-    gradients = [[p.grad for p in table.plan.parameters] for table in exchange.tables]
-    for table, found in zip(exchange.tables, gradients, strict=True):
-        _refuse_sparse(table.plan, found)
-    return Contribution(gradients, skip=skip)
-
-
-def _refuse_sparse(plan: TablePlan, gradients: Sequence[torch.Tensor | None]) -> None:
-    for name, gradient in zip(plan.names, gradients, strict=True):
-        if gradient is not None and gradient.layout is not torch.strided:
-            raise refuse(
-                "TENSOR_MISMATCH",
-                f"parameter {name!r} has a sparse gradient; dense tables cannot take it: use paramesh.Embedding "
-                "in place of torch.nn.Embedding(sparse=True), or sparse=False",
-                tensor=name,
-            )
-
-
-def with_gradient(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Returns the parameters of an optimizer that have a gradient."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

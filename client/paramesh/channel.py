@@ -49,6 +49,11 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     # Our own clients ping every 10 s; the default minimum (5 min) would cut them off.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Unlimited otherwise. A worker has some ten calls under way; hundreds of them may share a
+    # connection when they share a process.
+    ("grpc.max_concurrent_streams", 2048),
+    # Identity only: frames do not shrink, and what is never unpacked cannot be a bomb.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [

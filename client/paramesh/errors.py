@@ -192,6 +192,7 @@ REASONS: dict[str, Reason] = {
     "LOG_GAP": _row(OUT_OF_RANGE, Action.SUPPLY, Retryable, "the record before is not here"),
     "DIVERGED": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "another record is applied here; send a snapshot"),
     "SEQ_TOO_FAR": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "more than five pushes ahead"),
+    "FLOOR": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a floor that no log can reach soon"),
     # Steps.
     "NEED_STEPS": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "the partition lacks decided steps"),
     "NOT_STAGED": _row(FAILED_PRECONDITION, Action.SUPPLY, Retryable, "a contribution named in the step is missing"),
@@ -200,6 +201,8 @@ REASONS: dict[str, Reason] = {
     "WAITING_FOR_WORKERS": _row(UNAVAILABLE, Action.BACK_OFF, Retryable, "other workers are awaited"),
     "CLOCK": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "the clock is not the next one"),
     "LEASE": _row(FAILED_PRECONDITION, Action.RAISE, StateRefused, "the sample range is not leased to this worker"),
+    "SAMPLE_RANGE": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a range of samples ends where it begins"),
+    "SAMPLE_OUT_OF_RANGE": _row(OUT_OF_RANGE, Action.RAISE, RequestRefused, "a range of samples ends beyond its epoch"),
     # Payloads and schemas.
     "UNKNOWN_TABLE": _row(NOT_FOUND, Action.RAISE, RequestRefused, "no such table"),
     "UNKNOWN_GROUP": _row(NOT_FOUND, Action.RAISE, RequestRefused, "no such table group"),

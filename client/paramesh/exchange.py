@@ -213,6 +213,9 @@ class Exchange(ABC):
         """
         return Resumed.NOTHING
 
+    def refused(self) -> None:  # noqa: B027 - only sync pushes before `step`
+        """A contribution is not given: what backward has pushed of it is nobody's."""
+
     def finish(self) -> None:  # noqa: B027 - only an overlapped pull outlives its step
         """Returns when all values are in place."""
 

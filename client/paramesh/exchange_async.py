@@ -6,6 +6,7 @@ start, and names floors that the next pull must reflect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -92,5 +93,11 @@ class AsyncExchange(Exchange):
         parts = [g for group in contribution.gradients for g in group if g is not None]
         if not parts:
             return 1.0
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).double().cpu() for g in parts])))
+        norm = _norm(parts)
+        if not math.isfinite(norm):  # squares leave fp32 long before gradients do; this one copies them
+            norm = _norm([g.to(torch.promote_types(g.dtype, torch.float64)) for g in parts])
         return min(1.0, bound / (norm + 1e-6))
+
+
+def _norm(parts: Sequence[torch.Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).double().cpu() for g in parts])))

@@ -65,6 +65,13 @@ class LocalExchange(SyncExchange):
             for starts, table in zip(self.start, self.tables, strict=True)
         ]
 
+    @torch.no_grad()
+    def undo_local_steps(self) -> None:
+        """Sets parameters back to what the last exchange brought."""
+        for table, starts in zip(self.tables, self.start, strict=True):
+            for p, start in zip(table.plan.parameters, starts, strict=True):
+                p.copy_(start)
+
     def resume(self, may_replace: bool) -> Resumed:
         """Ends an exchange that was cut off: what is pulled has this worker's local steps in it."""
         self._giving = True
@@ -74,8 +81,8 @@ class LocalExchange(SyncExchange):
             self._giving = False
 
     def step(self, contribution: Contribution) -> Outcome:
-        """Exchanges deltas; the contribution's gradients were used up by local steps."""
-        contribution.gradients = self.deltas()
+        """Exchanges deltas: those that the contribution has, or those of now if it has none."""
+        contribution.gradients = contribution.gradients or self.deltas()
         self._giving = True
         try:
             return super().step(contribution)

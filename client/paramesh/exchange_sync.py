@@ -184,6 +184,8 @@ class SyncExchange(Exchange):
         encoded: dict[int, Encoded] = {}
         attempts: dict[int, int] = {}
         early: dict[int, concurrent.futures.Future[object]] = {}
+        if contribution.skip and self.speculation is not None:
+            self.speculation.discard()  # the gradient did not change after backward: no mistake of a bet
         for partition, presence, parts in gathered(self.tables, contribution, self.host):
             staged = None if self.speculation is None else self.speculation.settle(partition, presence, parts)
             if staged is not None:
@@ -192,6 +194,11 @@ class SyncExchange(Exchange):
             attempts[partition] = self._next_attempt(partition)
             encoded[partition] = Encoded.from_parts(partition, presence, parts)
         return encoded, attempts, early
+
+    def refused(self) -> None:
+        """The gradient of this step is not given; the next one's bytes go under higher attempts."""
+        if self.speculation is not None:
+            self.speculation.next_step()
 
     def _next_attempt(self, partition: int) -> int:
         """Returns an attempt above all that this step was tried with in a partition, during backward or in `step`."""

@@ -48,6 +48,22 @@ async def connect_and_join(
         raise
 
 
+async def say_goodbye(client: AsyncClient, seconds: float = 3.0) -> None:
+    """Leave the ledger, then the coordinator: rank and leases are free at once.
+
+    Args:
+        client: who leaves.
+        seconds: for each of the two.
+
+    Raises:
+        ParameshError: the ledger did not hear of it; the coordinator was told all the same.
+    """
+    try:
+        await client.ledger.leave(lg.LeaveRequest(), timeout=seconds)
+    finally:
+        await client.deregister(timeout=seconds)
+
+
 def set_local_device(config: ClientConfig) -> None:
     """On a GPU machine, make the GPU of the local rank torch's current device."""
     import torch

@@ -22,7 +22,7 @@ from paramesh.config import ClientConfig
 from paramesh.deliveries import Deliveries
 from paramesh.departure import Departure
 from paramesh.errors import ConfigError, Fenced, ParameshError, refuse
-from paramesh.joining import CONNECT_S, GRACE_S, connect_and_join
+from paramesh.joining import CONNECT_S, GRACE_S, connect_and_join, say_goodbye
 from paramesh.positions import Positions
 from paramesh.registry import Registry
 from paramesh.reporter import Reporter
@@ -46,6 +46,9 @@ T = TypeVar("T")
 
 LEAVE_TIMEOUT = 5.0
 """Seconds that a clean exit spends on saying goodbye; a lost cluster must not hold it."""
+
+REJOIN_GOODBYE_S = 1.5
+"""Seconds for each half of the goodbye of a client in doubt; without it the timeout ends it."""
 
 
 class Participant(Protocol):
@@ -156,15 +159,22 @@ class Session:
         self._background.clear()
 
     def rejoin(self) -> None:
-        """Join anew under a new client id, after an eviction; the slot asks for its old rank.
+        """Join anew under a new client id; the slot asks for its old rank.
+
+        After an eviction, or when the outcome of a push is unknown; then the old client leaves first.
 
         Leases, undelivered batches and staged contributions of the old membership are gone:
         participants hear `on_rejoined`, and loaders lease again.
         """
         self._check_pid()
-        log.warning("evicted client_id=%d rank=%d: rejoining", self.client.client_id, self.rank)
-        self._stop_background()
         old = self.client
+        log.warning(
+            "%s client_id=%d rank=%d: rejoining", "in doubt" if old.spoiled else "evicted", old.client_id, self.rank
+        )
+        self._stop_background()
+        if old.spoiled:  # nobody evicted it: its rank and its samples would be free only after its timeout
+            with contextlib.suppress(ParameshError):
+                self.call(say_goodbye(old, REJOIN_GOODBYE_S), "the old membership to end", LEAVE_TIMEOUT)
         self.client, joined = self.call(
             connect_and_join(type(old), self.config, self.rank),
             "the ledger to take this worker back",
@@ -193,7 +203,7 @@ class Session:
             if gracefully:
                 for participant in self.participants():
                     _tell(participant, "drain")
-                self._io.run(self._goodbye(), LEAVE_TIMEOUT, "the cluster to take note of leaving")
+                self._io.run(say_goodbye(self.client), LEAVE_TIMEOUT, "the cluster to take note of leaving")
         except ParameshError as error:
             log.warning("left without goodbye reason=%s: %s", error.reason, error)
         finally:
@@ -201,10 +211,6 @@ class Session:
             self._stop_background()
             with contextlib.suppress(ParameshError):
                 self._io.run(self.client.close(), LEAVE_TIMEOUT, "channels to close")
-
-    async def _goodbye(self) -> None:
-        await self.client.ledger.leave(lg.LeaveRequest())
-        await self.client.deregister()
 
     # ------------------------------------------------------------------ calling the loop
 

@@ -20,9 +20,10 @@ from typing import Any, overload
 import torch
 
 from paramesh.amp import AmpState
-from paramesh.attachment import Attachment, with_gradient
+from paramesh.attachment import Attachment
 from paramesh.config import ClientConfig
 from paramesh.errors import ConfigError, refuse
+from paramesh.gradients import with_gradient
 from paramesh.optimizer_state import gathered_state, hyper_parameters_only, load_into_cluster
 from paramesh.options import Options, Outer, check_supported
 from paramesh.profiling import phase
@@ -68,6 +69,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             None: each worker's own.
         name: The optimizer's name in the job; default: by order of construction.
         partition_bytes: Bound on one partition's values; default 32 MiB.
+        non_finite: What a NaN or infinity in this worker's gradient does in a cluster. "reject" (default):
+            `step()` raises and nothing has changed. "skip": the step is skipped as one with an inf under
+            AMP, in async and ssp only this worker's. "allow": it is applied, as torch does; alone always.
 
     Raises:
         UnsupportedOptimizer: UNSUPPORTED_OPTIMIZER, naming the optimizer and what is supported.
@@ -91,6 +95,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sync_buffers: str | None = None,
         name: str | None = None,
         partition_bytes: int | None = None,
+        non_finite: str = "reject",
     ):
         _check_arguments(optimizer, model)
         session = current()
@@ -108,6 +113,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             sync_buffers=sync_buffers,
             name=name,
             partition_bytes=partition_bytes,
+            non_finite=non_finite,
         )
         check_supported(optimizer, options.mode)
         self._attachment: Attachment | None = None
@@ -265,7 +271,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Raises:
             ParametersChanged: Parameters were edited since the last step; names `paramesh.assign(model)`.
             PartitionOffline: A server is lost, and with it values; names it and the remedy.
-            RequestRefused: WEIGHT, if the weight is not a finite number above 0.
+            RequestRefused: WEIGHT, if the weight is not a finite number above 0. NON_FINITE, if a gradient holds
+                NaN or infinity (see `non_finite`); after `zero_grad()` the next step goes on.
             TensorMismatch: A gradient is sparse, or this worker's model differs from the others'.
         """
         if weight is not None and not (math.isfinite(weight) and weight > 0):

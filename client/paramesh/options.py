@@ -14,6 +14,7 @@ from paramesh.errors import ConfigError, refuse
 from paramesh.hyper import Value, numeric
 from paramesh.hyper_check import complete_settings
 from paramesh.routing import ALIGN
+from paramesh.v1 import types_pb2
 
 SUPPORTED: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
@@ -33,6 +34,14 @@ a subclass may do anything, and classes travel as names out of this list."""
 
 Outer = str | tuple[str, float, float] | tuple[type[Any], dict[str, Any]] | torch.optim.Optimizer | None
 """What `outer=` takes; see `outer_optimizer`."""
+
+
+NON_FINITE: dict[str, types_pb2.NonFinite.ValueType] = {
+    "reject": types_pb2.NON_FINITE_UNSPECIFIED,
+    "skip": types_pb2.NON_FINITE_SKIP,
+    "allow": types_pb2.NON_FINITE_ALLOW,
+}
+"""What `non_finite=` takes, as a table's schema has it."""
 
 
 def check_supported(optimizer: torch.optim.Optimizer, mode: str) -> None:
@@ -83,11 +92,13 @@ class Options:
     sync_buffers: str | None = None
     name: str | None = None
     partition_bytes: int | None = None
+    non_finite: str = "reject"
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
         _one_of("sync_buffers", self.sync_buffers, (None, "mean"))
+        _one_of("non_finite", self.non_finite, tuple(NON_FINITE))
         _whole("staleness", self.staleness, 0)
         _whole("every", self.every, 1)
         _whole("backup_workers", self.backup_workers, 0)

@@ -54,7 +54,7 @@ REPEATABLE: dict[str, str] = {
     "ServerControl.BecomePrimary": "by epoch",
 }
 
-CONSUMED = frozenset({"CODEC", "PAYLOAD_SIZE", "TENSOR_MISMATCH", "HYPER_PARAMETER", "WEIGHT"})
+CONSUMED = frozenset({"CODEC", "PAYLOAD_SIZE", "TENSOR_MISMATCH", "HYPER_PARAMETER", "WEIGHT", "NON_FINITE"})
 """Reasons for which a sequenced push can never be applied, however often it comes: the server puts
 a NOOP in its place, the client goes on with the next seq. Both sides read this one list: if they
 differed, the next push would come under a number that is taken."""

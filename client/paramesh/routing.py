@@ -139,7 +139,7 @@ def validate_spec(spec: pb.TableSpec) -> None:
     """Refuse a schema that cannot be a dense table; allocates nothing.
 
     Raises:
-        RequestRefused: NAME, DTYPE, SHAPE, QUOTA, UNSUPPORTED_OPTIMIZER or MISSING_FIELD.
+        RequestRefused: NAME, DTYPE, SHAPE, QUOTA, UNSUPPORTED_OPTIMIZER, UNIMPLEMENTED or MISSING_FIELD.
     """
     check_name(spec.name, "table name")
     check_name(spec.group, "table group")
@@ -149,6 +149,8 @@ def validate_spec(spec: pb.TableSpec) -> None:
         raise refuse("QUOTA", f"table {spec.name!r} has {len(spec.tensors)} tensors, more than {MAX_TENSORS}")
     if spec.partition_bytes and spec.partition_bytes < ALIGN * 8:
         raise refuse("QUOTA", f"partition_bytes {spec.partition_bytes} is below {ALIGN * 8}")
+    if spec.non_finite not in pb.NonFinite.values():
+        raise refuse("UNIMPLEMENTED", f"table {spec.name!r}: no policy non_finite={spec.non_finite} in this release")
     if not spec.optimizer.class_name:
         raise refuse("MISSING_FIELD", f"table {spec.name!r} names no optimizer class")
     if spec.optimizer.class_name not in OPTIMIZERS:
@@ -176,6 +178,8 @@ def schema_digest(spec: pb.TableSpec) -> bytes:
     """
     digest = hashlib.sha256()
     digest.update(repr((spec.name, spec.group, spec.optimizer.class_name, spec.partition_bytes)).encode())
+    if spec.non_finite:  # else as before there was such a field: digests are kept
+        digest.update(repr(("non_finite", int(spec.non_finite))).encode())
     for tensor in spec.tensors:
         digest.update(repr((tensor.name, tuple(tensor.shape), int(tensor.dtype))).encode())
     return digest.digest()

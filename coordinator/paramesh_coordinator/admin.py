@@ -49,7 +49,7 @@ class AdminService(AdminServicer):
             hosts=[self._host(row) for _, row in sorted(state.rows(HostRow).items())],
             clients=[_client(row) for _, row in sorted(state.rows(ClientRow).items())],
             uptime_ms=round((self._driver.clock() - self._driver.started) * 1000),
-            pending=[operators.describe(row) for row in state.operations()],
+            pending=[operators.describe(row, state) for row in state.operations()],
         )
 
     def _servers(self) -> list[co.ServerStatus]:

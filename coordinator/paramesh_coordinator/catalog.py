@@ -87,7 +87,14 @@ def _difference(row: TableRow, spec: pb.TableSpec) -> str:
         return f"{len(old.tensors)} tensors there, {len(spec.tensors)} here"
     if old.optimizer.class_name != spec.optimizer.class_name:
         return f"optimizer {old.optimizer.class_name} there, {spec.optimizer.class_name} here"
+    if old.non_finite != spec.non_finite:
+        return f"non_finite {_policy(old)} there, {_policy(spec)} here"
     return "group or partition_bytes differ"
+
+
+def _policy(spec: pb.TableSpec) -> str:
+    name = pb.NonFinite.Name(spec.non_finite).removeprefix("NON_FINITE_").lower()
+    return "reject" if name == "unspecified" else name
 
 
 def form_ledger(draft: Draft, min_servers: int) -> None:

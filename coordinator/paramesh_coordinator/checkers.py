@@ -9,6 +9,10 @@ ours which it had not returned before. So a node that we cannot reach is silent 
 though its own beats arrive. And it counts only while the coordinator itself ran and
 heard: after a late tick, or while fewer than half of the nodes echo, the fault is as
 likely ours (paused, cut off), and everybody gets a new grace.
+
+The second doubt ends: when a witness was heard all the time for `DOUBT_TIMEOUTS` timeouts,
+the others really are gone. A witness is on another machine than this one, if anybody is
+(docs/decisions/0009-doubt-that-ends.md).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 
 from paramesh_coordinator.state import NodeKey
 
-__all__ = ["FRESH_BEATS", "Liveness", "Silent", "Verdict"]
+__all__ = ["DOUBT_TIMEOUTS", "FRESH_BEATS", "Liveness", "Silent", "Verdict"]
 
 FRESH_BEATS = 1.6
 """In beats (0.8 s of 0.5 s ones): an echo is fresh for one beat and the jitter of the next;
@@ -26,6 +30,10 @@ a tick that is later than this may have missed everybody's beats."""
 
 LIVELY_BEATS = 2
 """Who was heard within as many beats may take others out of an in-sync set."""
+
+DOUBT_TIMEOUTS = 5
+"""Failure timeouts (10 s of the default 2 s) that most nodes may be silent before it is they who
+are gone: longer than a switch takes to come back, shorter than people take to look."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class _Watched:
     """Whether it was ever heard by this coordinator: a registration or a fresh echo."""
     sent: int = 0
     """The last nonce that it was sent; 0 before the first."""
+    remote: bool = False
+    """Whether its beats came from another machine; False until one did."""
 
 
 @dataclass
@@ -82,6 +92,8 @@ class Liveness:
     _grace: float = field(init=False)
     """Silence before this moment does not count."""
     _last_tick: float = field(init=False)
+    _doubted: float | None = field(init=False, default=None)
+    """Since when most nodes are silent while a witness is heard; None: they are not, or there is none."""
     _nonce: int = field(init=False)
     """The last nonce given out; only rises."""
 
@@ -104,8 +116,14 @@ class Liveness:
         """Stop watching."""
         self._nodes.pop(node, None)
 
-    def beat(self, node: NodeKey, echo: int, now: float) -> int | None:
+    def beat(self, node: NodeKey, echo: int, now: float, *, remote: bool = False) -> int | None:
         """Take in a beat.
+
+        Args:
+            node: whose.
+            echo: the nonce that it returns.
+            now: seconds.
+            remote: it came from another machine.
 
         Returns:
             The nonce to answer with, or None for a node that is not watched.
@@ -113,6 +131,7 @@ class Liveness:
         watched = self._nodes.get(node)
         if watched is None:
             return None
+        watched.remote = remote
         if watched.echoed < echo <= watched.sent:
             watched.echoed = echo
             watched.fresh, watched.heard = now, True
@@ -137,11 +156,27 @@ class Liveness:
         late, self._last_tick = now - self._last_tick, now
         window = FRESH_BEATS * self.interval
         if late > window:
+            self._doubted = None
             return self._renew(now, f"own tick came {late:.2f} s after the one before")
-        fresh = sum(now - watched.fresh <= window for watched in self._nodes.values())
-        if 2 * fresh < len(self._nodes):
-            return self._renew(now, f"only {fresh} of {len(self._nodes)} nodes were heard in the last {window:.2f} s")
+        fresh = [watched for watched in self._nodes.values() if now - watched.fresh <= window]
+        if 2 * len(fresh) >= len(self._nodes):
+            self._doubted = None
+        elif not self._doubt_is_over(fresh, now):
+            return self._renew(
+                now, f"only {len(fresh)} of {len(self._nodes)} nodes were heard in the last {window:.2f} s"
+            )
         return Verdict(tuple(self._silent(now)))
+
+    def _doubt_is_over(self, fresh: list[_Watched], now: float) -> bool:
+        """Whether a witness was heard for so long that those who are silent are really gone."""
+        # On one machine there is no network to be cut off from, and everybody is a witness.
+        network = any(watched.remote for watched in self._nodes.values())
+        if not any(watched.remote or not network for watched in fresh):
+            self._doubted = None
+            return False
+        if self._doubted is None:
+            self._doubted = now
+        return now - self._doubted > DOUBT_TIMEOUTS * self.failure_timeout
 
     def _renew(self, now: float, why: str) -> Verdict:
         self._grace = now

@@ -8,9 +8,10 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError
 
 from paramesh_coordinator.config import CoordinatorConfig
@@ -21,7 +22,27 @@ log = logging.getLogger(__name__)
 
 DEFAULT = CoordinatorConfig()
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+EXAMPLES = """\
+examples:
+  ps-coordinator --state run.sqlite --start-workers 2
+      on 127.0.0.1:7070; then ps-server --coordinator 127.0.0.1:7070, and twice
+      ps-worker --coordinator 127.0.0.1:7070 train.py
+  ps-coordinator --ephemeral --bind 127.0.0.1:0
+      a short try on a free port, which is logged; a restart forgets everything
+  psctl --coordinator 127.0.0.1:7070 status
+      what it knows
+
+exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over its state; 2 for a mistake in the
+options."""
+
+JOB, ADDRESS, WORKERS, TIMES = "job and its state", "address", "workers and servers", "times"
+"""The groups of --help."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _seconds(text: str) -> Any:
+    return typer.Option(help=text, metavar="SECONDS", rich_help_panel=TIMES)
 
 
 class LogLevel(StrEnum):
@@ -33,61 +54,77 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-@app.command()
+@app.command(cls=PlainCommand, epilog=EXAMPLES)
 def run(
     bind: Annotated[
-        str, typer.Option(help="host:port to listen on; port 0 picks a free one and logs it.")
+        str,
+        typer.Option(
+            help="host:port to listen on; port 0 picks a free one and logs it.",
+            metavar="HOST:PORT",
+            rich_help_panel=ADDRESS,
+        ),
     ] = DEFAULT.bind,
     state: Annotated[
-        Path | None, typer.Option(help="SQLite file to keep the cluster in. Restart with the same file.")
+        Path | None,
+        typer.Option(
+            help="SQLite file to keep the cluster in. Restart with the same file. Required, or --ephemeral.",
+            metavar="FILE",
+            rich_help_panel=JOB,
+        ),
     ] = None,
     ephemeral: Annotated[
-        bool, typer.Option("--ephemeral", help="Keep the cluster in memory instead: a restart loses it.")
+        bool,
+        typer.Option(
+            "--ephemeral", help="Keep the cluster in memory instead: a restart loses it.", rich_help_panel=JOB
+        ),
     ] = False,
-    job: Annotated[str, typer.Option(help="Name of the cluster; others are refused.")] = DEFAULT.job,
-    start_workers: Annotated[int, typer.Option(help="Workers that step 0 waits for.")] = DEFAULT.start_workers,
+    job: Annotated[
+        str, typer.Option(help="Name of the cluster; others are refused.", metavar="JOB", rich_help_panel=JOB)
+    ] = DEFAULT.job,
+    start_workers: Annotated[
+        int, typer.Option(help="Workers that step 0 waits for.", rich_help_panel=WORKERS)
+    ] = DEFAULT.start_workers,
     min_workers: Annotated[
-        int, typer.Option(help="Active workers below which later steps pause.")
+        int, typer.Option(help="Active workers below which later steps pause.", rich_help_panel=WORKERS)
     ] = DEFAULT.min_workers,
     min_servers: Annotated[
-        int, typer.Option(help="Servers that must register before anything is placed, for evenness.")
+        int,
+        typer.Option(
+            help="Servers that must register before anything is placed, for evenness.", rich_help_panel=WORKERS
+        ),
     ] = DEFAULT.min_servers,
     replicas: Annotated[
         int, typer.Option(help="Copies of each partition, on different servers; 1 loses what a lost server held.")
     ] = DEFAULT.replicas,
     heartbeat_interval: Annotated[
-        float, typer.Option(help="Seconds between beats; at most a quarter of --failure-timeout.")
+        float, _seconds("Seconds between beats; at most a quarter of --failure-timeout.")
     ] = DEFAULT.heartbeat_interval,
     failure_timeout: Annotated[
-        float, typer.Option(help="Seconds of silence after which a server or host is dead.")
+        float,
+        _seconds("Seconds of silence after which a server or a supervisor is dead."),
     ] = DEFAULT.failure_timeout,
     client_timeout: Annotated[
-        float, typer.Option(help="The same for clients that no ps-worker watches over.")
+        float, _seconds("The same for clients that no ps-worker watches over.")
     ] = DEFAULT.client_timeout,
     gather: Annotated[
-        float, typer.Option(help="Seconds that a step waits, once, for workers between two loaders.")
+        float, _seconds("Seconds that a step waits, once, for workers between two loaders.")
     ] = DEFAULT.gather,
     step_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a worker that never gets ready is evicted; 0: never.")
+        float, _seconds("Seconds after which a worker that lives but never gets ready is evicted; 0: never.")
     ] = DEFAULT.step_timeout,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow a --bind that other machines can reach, unencrypted.")
+        bool,
+        typer.Option(
+            "--insecure", help="Allow a --bind that other machines can reach, unencrypted.", rich_help_panel=ADDRESS
+        ),
     ] = False,
     log_level: Annotated[LogLevel, typer.Option(help="How much to log, on stderr.")] = LogLevel.INFO,
+    version: Annotated[bool, version_option("ps-coordinator")] = False,
 ) -> None:
     """Keep the membership, the partition map and the schemas of one job.
 
-    Start it first, then servers and workers that name its address:
-
-        ps-coordinator --state run.sqlite --start-workers 2
-
-        ps-server --coordinator 127.0.0.1:7070
-
-        ps-worker --coordinator 127.0.0.1:7070 train.py
-
-    Training goes on while it is down; start it again with the same --state and it carries
-    on. `psctl status` shows what it knows. SIGTERM or Ctrl-C stops it cleanly. Exit status 2
-    means that a flag is wrong; the message names it.
+    Servers and workers find each other through it. Training goes on while it is down; start it
+    again with the same --state and it carries on. SIGTERM or Ctrl-C stops it cleanly.
     """
     logging.basicConfig(
         level=log_level.upper(),
@@ -149,7 +186,7 @@ async def _run(config: CoordinatorConfig) -> int:
 
 def main() -> None:
     """Entry point of `ps-coordinator`."""
-    app()
+    app(prog_name="ps-coordinator")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import ipaddress
 
 from paramesh.errors import refuse
 
-__all__ = ["check_address", "is_gone"]
+__all__ = ["check_address", "is_gone", "is_local_peer"]
 
 DIAL_SECONDS = 2.0
 """A connection across a data centre takes milliseconds; a dropped SYN is repeated after 1 s."""
@@ -25,7 +25,7 @@ async def check_address(address: str, what: str, peer: str) -> None:
         RequestRefused: ADDRESS.
     """
     host, port = _split(address, what)
-    if not _is_local_peer(peer) and _only_local(host):
+    if not is_local_peer(peer) and _only_local(host):
         raise refuse(
             "ADDRESS", f"{what} {address!r} means another machine to everybody else; advertise one that others can dial"
         )
@@ -82,7 +82,11 @@ def _only_local(host: str) -> bool:
     return host == "localhost" if ip is None else ip.is_loopback or ip.is_link_local
 
 
-def _is_local_peer(peer: str) -> bool:
+def is_local_peer(peer: str) -> bool:
+    """Whether who calls is on this machine, by gRPC's name of it.
+
+    One that dials this machine's own outer address looks as if it came from elsewhere.
+    """
     kind, _, rest = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
         return True  # a unix socket or an in-process channel

@@ -177,8 +177,7 @@ def draw_workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
 def draw_event(event: dict[str, Any]) -> Text:
     """One audit line."""
     when = datetime.fromtimestamp(event["wall_time_ms"] / 1000).strftime("%Y-%m-%d %H:%M:%S")
-    evidence = json.loads(event["evidence"])
-    said = "  ".join(f"{key}={json.dumps(value)}" for key, value in evidence.items())
+    said = "  ".join(f"{key}={json.dumps(value)}" for key, value in event["evidence"].items())
     bad = any(word in event["kind"] for word in ("dead", "evicted", "offline"))
     return Text.assemble(
         (f"{event['id']:>6} ", "dim"), (f"{when} ", "dim"), (f"{event['kind']} ", "bold red" if bad else "bold"),

@@ -241,9 +241,9 @@ class Driver:
 
     # --- time ----------------------------------------------------------------------
 
-    def beat(self, node: NodeKey, request: co.HeartbeatRequest) -> int | None:
-        """Take in a beat; the nonce to answer with, or None for who is not live here."""
-        nonce = self.liveness.beat(node, request.echo, self.clock())
+    def beat(self, node: NodeKey, request: co.HeartbeatRequest, *, remote: bool) -> int | None:
+        """Take in a beat, from another machine or not; the nonce to answer with, or None for who is not live here."""
+        nonce = self.liveness.beat(node, request.echo, self.clock(), remote=remote)
         if nonce is not None:
             self.figures[node] = request
         return nonce

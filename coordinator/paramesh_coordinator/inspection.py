@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -288,7 +289,16 @@ async def read_events(addresses: Sequence[str], job: str, after: int, limit: int
             "term": event.term,
             "kind": event.kind,
             "subject": event.subject,
-            "evidence": event.evidence,
+            "evidence": _evidence(event.evidence),
         }
         for event in answer.events
     ]
+
+
+def _evidence(text: str) -> dict[str, Any]:
+    """What an event's evidence says, which travels as JSON; a foreign coordinator's may be anything."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = text
+    return said if isinstance(said, dict) else {"evidence": said}

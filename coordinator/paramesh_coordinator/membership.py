@@ -385,8 +385,19 @@ def _seconds(one: Silent) -> dict[str, float]:
     return {"silence_s": round(one.silence, 3), "timeout_s": one.timeout}
 
 
+UNKNOWN_EXIT = 256
+"""Reported of a process whose end was seen but not its code: above what any process can exit with."""
+
+STOPPED = -int(signal.SIGSTOP)
+"""Reported of a process that does not run but has not ended: none can end by SIGSTOP."""
+
+
 def ending(exit_code: int) -> str:
     """An exit code for people: `SIGKILL`, `exit code 1`."""
+    if exit_code == UNKNOWN_EXIT:
+        return "its exit code is not known"
+    if exit_code == STOPPED:
+        return "stopped by SIGSTOP"
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING
 from paramesh_coordinator.rows import (
     ClientRow,
     ClientState,
+    NodeState,
     OperationRow,
     PartitionState,
     Ref,
+    ServerRow,
     Stage,
     moved,
 )
@@ -129,8 +131,26 @@ def finish(draft: Draft, operation: OperationRow) -> None:
     draft.audit("fence_confirmed", ",".join(map(str, operation.clients[:8])), operation=operation.operation)
 
 
-def describe(operation: OperationRow) -> str:
-    """One line for people."""
+def describe(operation: OperationRow, state: ClusterState) -> str:
+    """One line for people: what is to be done, why, and what it waits for."""
     who = ", ".join(map(str, operation.clients[:8])) + (" ..." if len(operation.clients) > 8 else "")
     where = "at the ledger" if operation.stage is Stage.EVICT else f"at {operation.only or 'every server'}"
-    return f"{operation.stage} client {who} {where}: {operation.why}"
+    return f"{operation.stage} client {who} {where}: {operation.why}; waits for {_awaited(operation, state)}"
+
+
+def _awaited(operation: OperationRow, state: ClusterState) -> str:
+    names = ", ".join(call.server.name for call in next_calls(operation, state))
+    if operation.stage is not Stage.EVICT:
+        return f"{names} to confirm" if names else "nothing"
+    if names:
+        return f"{names}, the ledger's server, to confirm"
+    ledger = state.partition(LEDGER)
+    if ledger is None:
+        return "servers: the ledger has no place yet"
+    name = ledger.primary.name
+    server = next((row for row in state.rows(ServerRow).values() if row.ref == ledger.primary), None)
+    why = f" ({server.reason})" if server is not None and server.reason else ""
+    if server is not None and server.state is NodeState.DEAD and not server.certain:
+        return f"{name}, the ledger's server, to be heard again{why}"
+    # Its state was in that process's memory alone, so nothing that happens can confirm it.
+    return f"the ledger, which was lost with {name}{why}: start the job anew"

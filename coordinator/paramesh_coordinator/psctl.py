@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from paramesh.command_help import PlainCommand, PlainGroup, version_option
 from paramesh.errors import ParameshError
 from rich.console import RenderableType
 from rich.live import Live
@@ -34,17 +35,40 @@ __all__ = ["main"]
 REFRESH_SECONDS = 1.0
 """Two beats: silence and figures do not change faster."""
 
+EXAMPLES = """\
+examples:
+  psctl status
+      the cluster of PARAMESH_COORDINATOR, else of 127.0.0.1:7070, on one page
+  psctl --coordinator host-a:7070 workers --watch
+      who trains, looked at every second until Ctrl-C
+  psctl events --json --limit 1000
+      the coordinator's last decisions, as a list of JSON objects
+
+exit status: 0 when it was answered; 1 if the coordinator did not answer or refused; 2 for a mistake in the options."""
+
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown"
-)
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, cls=PlainGroup,
+    epilog=EXAMPLES,
+)  # fmt: skip
 
-COORDINATOR_HELP = "host:port of the coordinator; several with commas between."
+COORDINATOR_HELP = "Where the coordinator is; several with commas between."
 JOB_HELP = "Name of the cluster."
+CLUSTER, OUTPUT = "cluster", "output"
+"""The groups of --help."""
 
-Coordinator = Annotated[str | None, typer.Option(help=COORDINATOR_HELP)]
-Job = Annotated[str | None, typer.Option(help=JOB_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; with --watch one line per look.")]
-Watch = Annotated[bool, typer.Option("--watch", help="Look again every second until Ctrl-C.")]
+Coordinator = Annotated[str | None, typer.Option(help=COORDINATOR_HELP, metavar="HOST:PORT", rich_help_panel=CLUSTER)]
+Job = Annotated[str | None, typer.Option(help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document; with --watch one line per look.", rich_help_panel=OUTPUT),
+]
+EventsAsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON list of events; with --watch one line per event.", rich_help_panel=OUTPUT
+    ),
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Look again every second until Ctrl-C.", rich_help_panel=OUTPUT)]
 
 Read = Callable[[], Awaitable[Any]]
 
@@ -71,19 +95,25 @@ def _target(context: typer.Context, coordinator: str | None, job: str | None) ->
 @app.callback()
 def describe(
     context: typer.Context,
-    coordinator: Annotated[str, typer.Option(envvar="PARAMESH_COORDINATOR", help=COORDINATOR_HELP)] = "127.0.0.1:7070",
-    job: Annotated[str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP)] = "default",
+    coordinator: Annotated[
+        str,
+        typer.Option(
+            envvar="PARAMESH_COORDINATOR", help=COORDINATOR_HELP, metavar="HOST:PORT", rich_help_panel=CLUSTER
+        ),
+    ] = "127.0.0.1:7070",
+    job: Annotated[
+        str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)
+    ] = "default",
+    version: Annotated[bool, version_option("psctl")] = False,
 ) -> None:
     """Look at a running Paramesh cluster.
 
-    Name the coordinator with --coordinator (before or after the command) or
-    PARAMESH_COORDINATOR. Exit status 1 means that it did not answer or refused; the message
-    says what to check.
+    It changes nothing. --coordinator and --job may stand before or after the command.
     """
     context.obj = Target(coordinator, job)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def status(
     context: typer.Context,
     coordinator: Coordinator = None,
@@ -96,7 +126,7 @@ def status(
     _show(lambda: target.read(read_status), draw_status, as_json, watch)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def tables(
     context: typer.Context,
     coordinator: Coordinator = None,
@@ -109,7 +139,7 @@ def tables(
     _show(lambda: target.read(read_tables), draw_tables, as_json, watch)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def partitions(
     context: typer.Context,
     coordinator: Coordinator = None,
@@ -122,7 +152,7 @@ def partitions(
     _show(lambda: target.read(read_partitions), draw_partitions, as_json, watch)
 
 
-@app.command("promote")
+@app.command("promote", cls=PlainCommand)
 def promote_replica(
     context: typer.Context,
     partition: Annotated[int, typer.Argument(min=0, max=2**32 - 1, help="Number of an offline partition.")],
@@ -151,7 +181,7 @@ def promote_replica(
     _run(body)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def workers(
     context: typer.Context,
     coordinator: Coordinator = None,
@@ -169,14 +199,17 @@ def workers(
     _show(read, draw_workers, as_json, watch)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def events(
     context: typer.Context,
     coordinator: Coordinator = None,
     job: Job = None,
-    as_json: AsJson = False,
+    as_json: EventsAsJson = False,
     watch: Watch = False,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest to begin with.")] = 50,
+    limit: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="How many of the newest to begin with, 1..1000.", rich_help_panel=OUTPUT),
+    ] = 50,
 ) -> None:
     """What the coordinator decided and on what evidence, newest last; --watch follows."""
     _run(_follow(_target(context, coordinator, job), as_json, watch, limit))
@@ -246,6 +279,8 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
     console = make_console()
     found = await target.read(read_events, 0, limit)
     last = 0
+    if as_json and not watch:
+        return typer.echo(json.dumps(found, indent=2))
     while True:
         for event in found:
             last = event["id"]
@@ -265,7 +300,7 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
 
 def main() -> None:
     """Entry point of `psctl`."""
-    app()
+    app(prog_name="psctl")
 
 
 if __name__ == "__main__":

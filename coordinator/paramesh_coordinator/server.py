@@ -13,6 +13,7 @@ import logging
 
 from paramesh.channel import SERVER_OPTIONS, grpc
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
 from paramesh.v1.coordinator_pb2_grpc import (
     add_AdminServicer_to_server,
@@ -131,14 +132,16 @@ def _open(config: CoordinatorConfig) -> MetaStore:
 
 
 def _bind(server: grpc.aio.Server, bind: str) -> str:
-    host, _ = parse_bind(bind)
-    try:
-        port = server.add_insecure_port(bind)
-    except RuntimeError:
-        port = 0
+    host, wanted = parse_bind(bind)
+    why, port = why_not_listen(host, wanted), 0
+    if not why:
+        try:
+            port = server.add_insecure_port(bind)
+        except RuntimeError:
+            why = "somebody else came first"
     if not port:
         raise ConfigError(
-            f"bind: {bind} cannot be listened on; is another process there? (ss -ltnp shows it)",
+            f"bind: {bind} cannot be listened on: {why}; is another process there? (ss -ltnp shows it)",
             metadata={"key": "bind"},
         )
     return f"{host}:{port}"

@@ -23,7 +23,7 @@ from paramesh.v1.coordinator_pb2_grpc import (
 )
 
 from paramesh_coordinator import catalog, membership, replicas
-from paramesh_coordinator.dialling import check_address, is_gone
+from paramesh_coordinator.dialling import check_address, is_gone, is_local_peer
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import ClientState, HostRow, Ref, ServerRow, TableRow
 from paramesh_coordinator.state import NodeKey, table_entry
@@ -121,10 +121,11 @@ class MembershipService(MembershipServicer):
         self, requests: AsyncIterator[co.HeartbeatRequest], context: Context
     ) -> AsyncIterator[co.HeartbeatResponse]:
         """Answer every beat with a new nonce; tell who is not registered."""
+        remote = not is_local_peer(context.peer())
         async for beat in requests:
             job = self._driver.state.job
             check_header(beat.request, job.name, job.generation, allow_no_generation=True)
-            nonce = self._driver.beat(self._who(beat), beat)
+            nonce = self._driver.beat(self._who(beat), beat, remote=remote)
             yield co.HeartbeatResponse(
                 nonce=nonce or 0,
                 term=self._driver.term,

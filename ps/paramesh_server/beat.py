@@ -36,8 +36,9 @@ FIGURES = struct.Struct("<6Q")
 REPORT_S = 5.0
 """How long a death is reported for; after that silence has told it."""
 
-UNKNOWN_EXIT = 255
-"""Reported when the kernel no longer knows how the server ended."""
+UNKNOWN_EXIT = 256
+"""Reported when the server's parent reaped it before we could look: then the kernel knows its code no more.
+Above what any process can exit with, so that the coordinator tells it from a code."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import dataclasses
 import inspect
 import itertools
 import logging
+import os
 import signal
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.memory import keep_big_buffers
 
@@ -27,7 +29,32 @@ log = logging.getLogger(__name__)
 HIDDEN = frozenset({"name_patience", "heartbeat"})
 """Fields that are for tests, or for nobody without a reason."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+GROUPS = {
+    "cluster": ("coordinator", "job", "name", "replace"),
+    "addresses": ("bind", "control_bind", "advertise", "insecure"),
+    "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes"),
+    "observation": ("metrics_port", "reflection"),
+}
+"""The flags of --help, together with what they are about."""
+
+METAVARS = {
+    "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
+    "advertise": "HOST", "staged_bytes": "BYTES", "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES",
+    "metrics_port": "PORT",
+}  # fmt: skip
+
+EXAMPLES = """\
+examples:
+  ps-server --coordinator 127.0.0.1:7070
+      one server on this machine, on a free port; start as many as there is bandwidth to share
+  ps-server --coordinator host-a:7070 --bind 0.0.0.0:7080 --insecure
+      reachable from the other machines of a network that you trust
+  ps-coordinator --state run.sqlite
+      no coordinator yet? it comes first, and workers last: ps-worker --coordinator 127.0.0.1:7070 train.py
+
+exit status: 0 after SIGTERM or Ctrl-C; 1 if the coordinator refused this server; 2 for a mistake in the options."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 class LogLevel(StrEnum):
@@ -58,11 +85,15 @@ def field_docs() -> dict[str, str]:
 def _parameters() -> list[inspect.Parameter]:
     """One keyword per field, with its default and help, as typer wants them."""
     docs = field_docs()
+    group = {name: group for group, names in GROUPS.items() for name in names}
     types = {"str": str, "int": int, "float": float, "bool": bool}
     parameters = []
     for field in dataclasses.fields(ServerConfig):
         flag = "--" + field.name.replace("_", "-")
-        option = typer.Option(flag, help=docs[field.name], hidden=field.name in HIDDEN, show_default=_shown(field))
+        option = typer.Option(
+            flag, help=docs[field.name], hidden=field.name in HIDDEN, show_default=_shown(field),
+            metavar=METAVARS.get(field.name), rich_help_panel=group.get(field.name),
+        )  # fmt: skip
         default: Any = field.default
         if default is dataclasses.MISSING:
             # The one field without a default is required; the config says so in its words.
@@ -72,10 +103,12 @@ def _parameters() -> list[inspect.Parameter]:
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
-    level = Annotated[LogLevel, typer.Option(help="How much to log, on stderr.")]
+    level = Annotated[LogLevel, typer.Option(help="How much to log, on stderr.", rich_help_panel="observation")]
     parameters.append(
         inspect.Parameter("log_level", inspect.Parameter.KEYWORD_ONLY, default=LogLevel.INFO, annotation=level)
     )
+    version = Annotated[bool, version_option("ps-server")]
+    parameters.append(inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=version))
     return parameters
 
 
@@ -84,21 +117,12 @@ def _shown(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING and field.default not in ("", 0, False)
 
 
-def run(*, log_level: LogLevel, **settings: Any) -> None:
+def run(*, log_level: LogLevel, version: bool, **settings: Any) -> None:
     """Hold partitions of the model: sum the workers' gradients, run the optimizer, serve values.
 
-    Start the coordinator first, then as many servers as there is memory or bandwidth to
-    share (one process moves about 3 GB/s), then workers:
-
-        ps-coordinator --state run.sqlite
-
-        ps-server --coordinator 127.0.0.1:7070
-
-        ps-worker --coordinator 127.0.0.1:7070 train.py
-
-    A server waits for its coordinator and outlives it. SIGTERM or Ctrl-C stops it cleanly.
-    Exit status 2 means that a flag is wrong and names it; 1 that the coordinator refused this
-    server.
+    Start as many as there is memory or bandwidth to share: one process moves about 3 GB/s. A server
+    waits for its coordinator and outlives it. SIGTERM or Ctrl-C stops it cleanly. It holds its
+    partitions in memory only.
     """
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -118,7 +142,7 @@ def run(*, log_level: LogLevel, **settings: Any) -> None:
 
 
 run.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
-app.command()(run)
+app.command(cls=PlainCommand, epilog=EXAMPLES)(run)
 
 
 async def _run(config: ServerConfig) -> int:
@@ -157,9 +181,27 @@ async def _work(server: Any) -> None:
         await server.stop()
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of `ps-server`."""
-    app()
+    try:
+        app(prog_name="ps-server")
+    except SystemExit as end:
+        # A server that loaded torch has stopped in order by now; taking the interpreter apart
+        # would cost another 1-2 s, in which whoever stops a cluster waits for nothing.
+        if "torch" in sys.modules and isinstance(end.code, int):
+            _leave(end.code)
+        raise
+    raise AssertionError("app() ends by SystemExit")
+
+
+def _leave(status: int) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass  # nobody reads it any more
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -301,7 +301,8 @@ class Ledger:
         """Take note of a staged contribution; answer the step's decision, or wait.
 
         Raises:
-            RequestRefused: UNKNOWN_GROUP, WEIGHT, HYPER_PARAMETER, SEQ_REUSED.
+            RequestRefused: UNKNOWN_GROUP, MISSING_FIELD, WEIGHT, HYPER_PARAMETER, SEQ_REUSED,
+                SAMPLE_RANGE, SAMPLE_OUT_OF_RANGE.
             StateRefused: SCHEMA, STEP_OUT_OF_RANGE, LEASE, QUOTA.
             Fenced: EVICTED, NOT_MEMBER; never for a decided step.
         """
@@ -344,7 +345,7 @@ class Ledger:
         """Take note of a finished clock; answer when the next may start.
 
         Raises:
-            RequestRefused: UNKNOWN_GROUP, CLOCK, WRONG_PARTITION.
+            RequestRefused: UNKNOWN_GROUP, CLOCK, WRONG_PARTITION, SAMPLE_RANGE, SAMPLE_OUT_OF_RANGE.
             StateRefused: SCHEMA, LEASE.
             Fenced: EVICTED, NOT_MEMBER.
         """

@@ -170,10 +170,12 @@ class Epochs:
 
         Raises:
             StateRefused: LEASE.
+            RequestRefused: SAMPLE_RANGE, SAMPLE_OUT_OF_RANGE.
         """
         seen: set[tuple[EpochKey, int]] = set()
         for r in ranges:
             epoch = self.get(r)
+            _check_range(r, epoch)
             if epoch is None:
                 if self._long_over(client_id, r):
                     continue
@@ -351,6 +353,20 @@ class Epochs:
         self.version += 1
         for key in self.open:
             self._desk.wake(("data", *key))
+
+
+def _check_range(r: SampleRange, epoch: EpochState | None) -> None:
+    if r.begin >= r.end:
+        raise refuse(
+            "SAMPLE_RANGE", f"samples {r.begin} to {r.end} of dataset {r.dataset!r} are none", begin=r.begin, end=r.end
+        )
+    if epoch is not None and r.end > epoch.length:
+        raise refuse(
+            "SAMPLE_OUT_OF_RANGE",
+            f"samples {r.begin} to {r.end} end beyond dataset {r.dataset!r}, which has {epoch.length}",
+            end=r.end,
+            length=epoch.length,
+        )
 
 
 def _foreign(r: SampleRange) -> ParameshError:

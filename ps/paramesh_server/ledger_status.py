@@ -71,7 +71,7 @@ class Status:
         if not self._members.state.started:
             return f"waiting for workers ({joined} of {self._members.start_workers()} joined)"
         if not joined:
-            return "no workers"
+            return "all workers have left"
         if not self._members.enough():
             return f"paused: waiting for workers ({joined} joined, min_workers is higher)"
         groups = self._groups.state.values()

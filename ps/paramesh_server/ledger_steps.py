@@ -99,7 +99,7 @@ class Steps:
         """Take note of a staged contribution; answer the decision, or wait for it.
 
         Raises:
-            RequestRefused: UNKNOWN_GROUP, WEIGHT, HYPER_PARAMETER, SEQ_REUSED.
+            RequestRefused: UNKNOWN_GROUP, MISSING_FIELD, WEIGHT, HYPER_PARAMETER, SEQ_REUSED, SAMPLE_*.
             StateRefused: SCHEMA, STEP_OUT_OF_RANGE, LEASE.
             Fenced: EVICTED, NOT_MEMBER; never for a decided step.
         """
@@ -173,12 +173,11 @@ class Steps:
         round_.pending[member.client_id] = plain
 
     def _check(self, request: pb.ReadyRequest, member: MemberState) -> None:
+        if not all((request.attempt, *(o.attempt for o in request.overrides))):  # nothing is ever staged under it
+            raise refuse("MISSING_FIELD", f"attempt of step {request.step} counts from 1", field="attempt")
         if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
-            raise refuse(
-                "WEIGHT",
-                f"weight {request.weight} must be between {MIN_WEIGHT} and {MAX_WEIGHT}",
-                weight=request.weight,
-            )
+            problem = f"weight {request.weight} must be between {MIN_WEIGHT} and {MAX_WEIGHT}"
+            raise refuse("WEIGHT", problem, weight=request.weight)
         ledger_hyper.check(request.hyper_parameters)
         self._epochs.check_held(member.client_id, request.samples)
 

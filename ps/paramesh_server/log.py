@@ -12,9 +12,9 @@ longer, so that a follower that was away for a moment need not fetch a snapshot.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,11 +82,13 @@ START = Position(0, 0)
 class Log:
     """One partition's records, in order, without gaps.
 
-    The pool appends under the partition's lock while the event loop reads for followers.
+    Attributes:
+        lock: held while the records are touched. Nothing by itself; a shell whose pool appends
+            while its event loop reads for followers gives a real one.
     """
 
     def __init__(self, keep: int = RING) -> None:
-        self._lock = threading.Lock()
+        self.lock: AbstractContextManager[object] = nullcontext()
         self._replicated = False
         self._ring: deque[RecordHeader] = deque(maxlen=keep)
         self._base = START
@@ -112,7 +114,7 @@ class Log:
 
     @replicated.setter
     def replicated(self, on: bool) -> None:
-        with self._lock:
+        with self.lock:
             self._replicated = on
             if not on:
                 self._records.clear()
@@ -158,7 +160,7 @@ class Log:
         return record.header
 
     def _take(self, header: RecordHeader, record: Record | None) -> None:
-        with self._lock:
+        with self.lock:
             if record is not None:
                 self._records.append(record)
                 self._bytes += record.nbytes
@@ -167,7 +169,7 @@ class Log:
 
     def trim(self, held: int) -> None:
         """Let go of payloads up to `held`, which every in-sync replica has, beyond what is kept anyway."""
-        with self._lock:
+        with self.lock:
             while self._records and self._records[0].header.lsn <= held and self._too_much():
                 self._bytes -= self._records.popleft().nbytes
 
@@ -176,7 +178,7 @@ class Log:
 
     def after(self, lsn: int) -> list[Record] | None:
         """Records with a number above `lsn`, oldest first; None if some are not kept any more."""
-        with self._lock:
+        with self.lock:
             if lsn >= self.lsn:
                 return [] if lsn == self.lsn else None
             first = self._records[0].header.lsn if self._records else self.lsn + 1
@@ -186,7 +188,7 @@ class Log:
 
     def holds(self, at: Position) -> bool:
         """Whether this log has a record of that number and epoch; so it agrees up to there."""
-        with self._lock:
+        with self.lock:
             if at in (self._base, self._last):
                 return True
             if not self._ring or not self._ring[0].lsn <= at.lsn <= self.lsn:
@@ -195,7 +197,7 @@ class Log:
 
     def before(self, lsn: int) -> Position:
         """The place before a record that `after` returned."""
-        with self._lock:
+        with self.lock:
             if lsn - 1 == self._base.lsn:
                 return self._base
             header = self._ring[lsn - 1 - self._ring[0].lsn]
@@ -203,7 +205,7 @@ class Log:
 
     def reset(self, at: Position) -> None:
         """Begin anew at a snapshot's place."""
-        with self._lock:
+        with self.lock:
             self._ring.clear()
             self._records.clear()
             self._bytes = 0

@@ -46,6 +46,11 @@ class _Collector:
         for name, (help_text, value) in gauges.items():
             yield GaugeMetricFamily(name, help_text, value=value)
         yield CounterMetricFamily(
+            "paramesh_server_non_finite_skipped",
+            "Sequenced updates skipped for a NaN or an infinity, over all partitions held.",
+            value=sum(p.non_finite for p in partitions),
+        )
+        yield CounterMetricFamily(
             "paramesh_server_steps_applied",
             "Steps applied, over all partitions held.",
             value=sum(p.applied_step for p in partitions),

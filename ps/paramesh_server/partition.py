@@ -28,6 +28,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server.aggregate import Part, Reduction, Workspace, flat_views, squared_norm, sum_parts
 from paramesh_server.decisions import check_record, gather
 from paramesh_server.dedup import Dedup, Digest, Entry, Verdict, fold
+from paramesh_server.finite import APPLY_ALL, passes
 from paramesh_server.log import Log, Position, Record, RecordHeader
 from paramesh_server.optimizer import PartitionOptimizer, Setting
 from paramesh_server.records import (
@@ -85,6 +86,9 @@ class Partition:
         """Sequenced updates applied; for people."""
         self.duplicates = 0
         """Sequenced updates recognised as applied before; for people."""
+        self.non_finite = 0
+        """Sequenced updates skipped for a NaN or an infinity; for people."""
+        self._policy = spec.non_finite
         self._group = 0
         """The ledger's number of the table's group, from the first decision or put."""
         self._init_attempt = 0
@@ -210,7 +214,7 @@ class Partition:
         check_record(record)
         settings = self.optimizer.merged(self._changed(record.hyper_parameters))
         decided = gather(record, self.id, self.staging)  # from here on nothing refuses
-        summed = self._train(settings, decided.parts, decided.reduction, keep=self.log.replicated)
+        summed = self._train(settings, decided.parts, decided.reduction, APPLY_ALL, keep=self.log.replicated)
         checksum = zlib.crc32(record.SerializeToString(deterministic=True))
         made = self._made(lambda: step_body(record, *summed, without=decided.without))
         self._append(rp.RECORD_KIND_STEP, made, step=record.step, checksum=checksum)
@@ -222,15 +226,25 @@ class Partition:
         self.staging.drop_through(record.group, record.step)
 
     def _train(
-        self, settings: dict[str, Setting], parts: Sequence[Part], reduction: Reduction, *, keep: bool = False
+        self,
+        settings: dict[str, Setting],
+        parts: Sequence[Part],
+        reduction: Reduction,
+        policy: int,
+        *,
+        keep: bool = False,
     ) -> tuple[list[bool] | None, torch.Tensor | None]:
-        """Sum and step; without parts only the settings change.
+        """Sum and step; without parts, or if the policy skips the sum, only the settings change.
 
         Returns:
-            Which segments were present, and with `keep` a copy of the sum's bytes.
+            Which segments were present (None: nothing was applied), and with `keep` a copy of
+            the sum's bytes.
         """
         with self._workspace.borrow(self.layout) as gradient:
             present = sum_parts(self.layout, parts, reduction, gradient)
+            if parts and not passes(policy, gradient.views, present):
+                self.non_finite += 1
+                parts = ()
             # The one copy that replication costs the primary: the sum's memory is used again.
             total = gradient.flat[: self.layout.nbytes].clone() if parts and keep else None
             self._step(settings, gradient.views, present if parts else None)
@@ -321,7 +335,7 @@ class Partition:
         try:
             if isinstance(contribution, ParameshError):
                 raise contribution
-            self._apply_update(update, contribution)
+            applied = self._apply_update(update, contribution)
         except ParameshError as error:
             made = self._made(partial(noop_body, digest, error.reason, str(error)))
             header = self._append(rp.RECORD_KIND_NOOP, made, client_id=client, seq=update.seq)
@@ -329,7 +343,7 @@ class Partition:
             raise
         done = contribution
         header = self._append(
-            rp.RECORD_KIND_NOOP if update.skip else rp.RECORD_KIND_PUSH,
+            rp.RECORD_KIND_PUSH if applied else rp.RECORD_KIND_NOOP,
             self._made(lambda: push_body(update, done)),
             client_id=client,
             seq=update.seq,
@@ -355,10 +369,11 @@ class Partition:
             raise error
         return Outcome(entry.lsn, duplicate=True)
 
-    def _apply_update(self, update: Update, contribution: Contribution) -> None:
+    def _apply_update(self, update: Update, contribution: Contribution) -> bool:
+        """Whether it was applied; if not, it was a skip, or became one."""
         settings = self.optimizer.merged(update.changed)
         parts = [] if update.skip else [Part(contribution, update.scale or 1.0)]
-        self._train(settings, parts, Reduction())
+        return self._train(settings, parts, Reduction(), self._policy)[0] is not None
 
     # Writes from outside, fences, cuts.
 

@@ -84,10 +84,16 @@ class Reads:
         partition = held.partition
         if request.committed:
             await held.lead(lambda: held.partition.commit(list(request.committed)))
+        if asked.floor_epoch > partition.epoch:
+            # Seen at a newer primary: what is here may lack it, however high its numbers are.
+            raise refuse(
+                "UNKNOWN_EPOCH",
+                f"partition {partition.id} is at epoch {partition.epoch} here, the floor is of {asked.floor_epoch}",
+            )
         # A floor seen under an older epoch was cut to that epoch's end when this one began.
         floor = asked.floor_lsn if asked.floor_epoch == partition.epoch else 0
         if floor > partition.log.lsn + FLOOR_REACH:
-            raise refuse("SEQ_TOO_FAR", f"floor {floor} is far beyond lsn {partition.log.lsn}", lsn=partition.log.lsn)
+            raise refuse("FLOOR", f"floor {floor} is far beyond lsn {partition.log.lsn}", lsn=partition.log.lsn)
         while partition.log.lsn < floor:
             if not await held.changed(deadline - time.monotonic()):
                 raise refuse("DEADLINE", f"partition {partition.id} is at lsn {partition.log.lsn}, floor {floor}")

@@ -18,9 +18,9 @@ uncommitted tail can still be replaced. The state machine is a dense partition o
 from __future__ import annotations
 
 import enum
-import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from paramesh.errors import refuse
@@ -66,6 +66,12 @@ class Replica:
     """One replica. Not thread-safe: `offer`, `learn` and the role change on the event loop; what
     touches the machine (`apply`, `take_over`) runs under the partition's lock.
 
+    Args:
+        machine: the state.
+        me: this process.
+        lock: held while log and tail are touched, if the pool applies while the event loop
+            receives. Must be reentrant.
+
     Attributes:
         machine: the state and its log; replaced by `install`.
         role: what it does now.
@@ -73,8 +79,10 @@ class Replica:
         insync: whom it waits for, as primary.
     """
 
-    def __init__(self, machine: Machine, me: Ref) -> None:
+    def __init__(self, machine: Machine, me: Ref, lock: AbstractContextManager[object] | None = None) -> None:
+        self._lock = nullcontext() if lock is None else lock
         self.machine = machine
+        machine.log.lock = self._lock
         self.me = me
         self.role = Role.FOLLOWER
         self.promised = 0
@@ -89,8 +97,6 @@ class Replica:
         """As follower: what is committed and is here."""
         self._matched = 0
         """As follower: up to here this log is known to be that of the primary of `promised`."""
-        self._lock = threading.Lock()
-        """The tail is read on the event loop while the pool applies its beginning."""
 
     # Either role.
 
@@ -246,6 +252,7 @@ class Replica:
 
     def install(self, machine: Machine) -> None:
         """Go on from a snapshot; what was there before goes in the same act."""
+        machine.log.lock = self._lock
         with self._lock:
             old, self.machine = self.machine, machine
             self._tail.clear()

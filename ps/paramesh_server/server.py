@@ -22,13 +22,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.listening import why_not_listen
 from paramesh.routing import Routes
 from paramesh.status import typed_errors
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.beat import Figures
-from paramesh_server.config import ServerConfig
+from paramesh_server.config import ServerConfig, parse_address
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
 from paramesh_server.inbound import Inbound
@@ -164,7 +165,7 @@ class ParameterServer:
                     config.host, config.metrics_port, self.counters, self._shards, self._budget
                 )
             except OSError as error:
-                raise _port_taken("metrics_port", str(config.metrics_port)) from error
+                raise _port_taken("metrics_port", str(config.metrics_port), error.strerror or str(error)) from error
 
     def _server(self, services: tuple[str, ...]) -> grpc.aio.Server:
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal)])
@@ -260,15 +261,19 @@ class _Both:
         self.Pull, self.Snapshot = reads.Pull, reads.Snapshot
 
 
-def _port_taken(key: str, address: str) -> ConfigError:
-    return ConfigError(f"{key}: {address} cannot be bound; is another process using the port?", metadata={"key": key})
+def _port_taken(key: str, address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{key}: {address} cannot be listened on: {why}; is another process there? (ss -ltnp shows it)",
+        metadata={"key": key},
+    )
 
 
 def _open(server: grpc.aio.Server, key: str, bind: str) -> int:
+    why = why_not_listen(*parse_address(key, bind))
+    if why:
+        raise _port_taken(key, bind, why)
     try:
         port: int = server.add_insecure_port(bind)
     except RuntimeError as error:
-        raise _port_taken(key, bind) from error
-    if not port:
-        raise _port_taken(key, bind)
+        raise _port_taken(key, bind, "somebody else came first") from error
     return port

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 INLINE_BYTES = 128 << 10
 """Work on fewer bytes runs on the event loop: it takes some 20 us, a hop to the pool 100."""
+
+LEDGER = 0
+"""The ledger's partition: in every map, and served by another service."""
 
 RELEASE_S = 10.0
 """How long an answer waits for followers before its caller hears whom for; five times what
@@ -229,7 +233,7 @@ class Shards:
 
     def add(self, partition: Partition, me: Ref) -> Held:
         """Hold a replica from now on, as a follower until it is told to lead."""
-        held = self.held[partition.id] = Held(Replica(partition, me), self.pool)
+        held = self.held[partition.id] = Held(Replica(partition, me, threading.RLock()), self.pool)
         self.failed.pop(partition.id, None)
         self._announce()
         return held
@@ -263,6 +267,8 @@ class Shards:
         held = self.held.get(partition)
         if held is not None and held.replica.serving:
             return held
+        if partition == LEDGER:
+            raise refuse("WRONG_PARTITION", "partition 0 is the ledger's and holds no table", partition=partition)
         if self.routes is None or partition not in self.routes:
             await self._look_again(partition)
         if self._mine(partition):

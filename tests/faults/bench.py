@@ -6,7 +6,8 @@ back as the typed error they carry, wherever they carry it (status or outcome).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from paramesh.client import Client
 from paramesh.status import from_detail, from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import coordinator_pb2_grpc, ledger_pb2_grpc, replication_pb2, replication_pb2_grpc
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
+from paramesh_coordinator.rows import encode
+
+from tests.cluster.waiting import wait_until
 
 TENSORS = {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5)}
 """Lies in one partition: w at bytes 0..48, b at 64..84."""
@@ -41,16 +46,64 @@ class Bench:
         self.server = self.routes.primary(self.partition)[0].address
         self.control = self.routes.primary(self.partition)[0].control_address
         self.client: AsyncClient = self.tool._client
+        self._pool = ThreadPoolExecutor(2)
 
     def new_client(self) -> AsyncClient:
         """Register a client that has sent nothing yet, and make it the sender."""
+        if self.client.client_id != self.tool.client_id:
+            self.ledger("Leave", lg.LeaveRequest())  # steps and epochs wait for members
+            self.cluster.call(self.client.close())
         self.client = self.cluster.call(AsyncClient.connect(self.cluster.address))
         return self.client
+
+    def connect(self) -> AsyncClient:
+        """A further client beside the present one, and make it the sender."""
+        self.client = self.cluster.call(AsyncClient.connect(self.cluster.address))
+        return self.client
+
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call something of this bench without waiting."""
+        return self._pool.submit(call, *arguments)
+
+    def waits(self, kind: str) -> bool:
+        """Whether a call of the ledger sleeps on a key of a kind, such as "step"."""
+        (server,) = self.cluster._servers.values()
+        return any(key[0] == kind for key in server._ledger._service._waits._sleeping)
 
     def state(self) -> dict[int, Any]:
         """Partition -> (lsn, state hash, staged bytes), of the table."""
         info = self.tool.inspect("t")
         return {p: (i.lsn, i.state_hash, i.staged_bytes) for p, i in info.items()}
+
+    def ledger_state(self) -> str:
+        """A hash of everything that replicas of the ledger agree on."""
+        return self.cluster.call(self._ledger_state())
+
+    async def _ledger_state(self) -> str:
+        servers = self.cluster._servers.values()
+        (ledger,) = (s._ledger._service.ledger for s in servers if s._ledger._service is not None)
+        return ledger.state_digest()
+
+    def decisions(self) -> bytes:
+        """The coordinator's job row, which every decision raises."""
+        return encode(self.cluster._coordinator._driver.state.job)
+
+    def settle(self) -> None:
+        """Wait until the coordinator has nothing pending."""
+        driver = self.cluster._coordinator._driver
+        wait_until(lambda: not driver.state.operations(), 10, "evictions to be confirmed")
+
+    def snapshot(self) -> None:
+        """Note the state of tables, ledger and coordinator: what comes next must not change it."""
+        self.before = (self.state(), self.values(), self.ledger_state(), self.decisions())
+
+    def check_unchanged(self, *, noop: bool = False) -> None:
+        """Nothing changed since the snapshot; `noop`: but for a seq that was consumed."""
+        state, values, ledger, decisions = self.before
+        assert self.values() == values
+        assert noop or self.state() == state
+        assert self.ledger_state() == ledger
+        assert self.decisions() == decisions
 
     def values(self) -> list[float]:
         """The table's values."""
@@ -96,22 +149,35 @@ class Bench:
                 raise from_detail(outcome.error)
         return response.outcomes[0]
 
-    def pull(self, **changes: Any) -> list[Any]:
+    def pull(self, seconds: float = CALL_SECONDS, **changes: Any) -> list[Any]:
         """Pull the partition, with changes to the request."""
         fields: dict[str, Any] = {
             "request": self.client.header(),
             "partitions": [ps.PartitionPull(partition=self.partition, epoch=1)],
         }
-        return self.frames("pull", ps.PullRequest(**{**fields, **changes}))
+        return self.frames("pull", ps.PullRequest(**{**fields, **changes}), seconds)
 
-    def frames(self, method: str, request: Any) -> list[Any]:
-        """Collect a streamed answer; raises the first error in it."""
-        return self.cluster.call(self._frames(method, request))
+    def norms(self, request: ps.NormsRequest) -> None:
+        """Ask for norms; raises the first error."""
+        for norm in self.cluster.call(self._norms(request)).norms:
+            if norm.HasField("error"):
+                raise from_detail(norm.error)
 
-    async def _frames(self, method: str, request: Any) -> list[Any]:
+    async def _norms(self, request: ps.NormsRequest) -> Any:
         async with aio_channel(self.server) as channel:
             try:
-                frames = [f async for f in getattr(DataPlaneStub(channel), method)(request, timeout=CALL_SECONDS)]
+                return await DataPlaneStub(channel).norms(request, timeout=CALL_SECONDS)
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, self.server) from None
+
+    def frames(self, method: str, request: Any, seconds: float = CALL_SECONDS) -> list[Any]:
+        """Collect a streamed answer; raises the first error in it."""
+        return self.cluster.call(self._frames(method, request, seconds))
+
+    async def _frames(self, method: str, request: Any, seconds: float) -> list[Any]:
+        async with aio_channel(self.server) as channel:
+            try:
+                frames = [f async for f in getattr(DataPlaneStub(channel), method)(request, timeout=seconds)]
             except grpc.RpcError as error:
                 raise from_rpc_error(error, self.server) from None
         for frame in frames:
@@ -138,9 +204,9 @@ class Bench:
         """Call the coordinator."""
         return self._unary(self.cluster.address, getattr(coordinator_pb2_grpc, f"{service}Stub"), method, request)
 
-    def ledger(self, method: str, request: Any) -> Any:
-        """Call the ledger, under this client's header."""
-        request.request.CopyFrom(self.client.header())
+    def ledger(self, method: str, request: Any, header: pb.RequestHeader | None = None) -> Any:
+        """Call the ledger, under this client's header or another."""
+        request.request.CopyFrom(header or self.client.header())
         return self._unary(self.server, ledger_pb2_grpc.LedgerStub, method, request)
 
     def _unary(self, address: str, stub: Any, method: str, request: Any) -> Any:

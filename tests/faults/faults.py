@@ -33,6 +33,9 @@ class WorkerFault(enum.Enum):
     HOST_STOPPED = _WorkerFault(lambda w: w.signal_everything(signal.SIGSTOP), bound=2.5, comes_back=False)
     """SIGSTOP of both: connections stay open, nothing answers."""
 
+    STOPPED = _WorkerFault(lambda w: w.signal_training(signal.SIGSTOP), bound=3.0, comes_back=False)
+    """SIGSTOP of the training process: its supervisor beats on, sees it in /proc and reports it after 2 s."""
+
     def __call__(self, worker: ProcessWorker) -> None:
         """Do it."""
         self.value.inflict(worker)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from paramesh import framing, testing
-from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError
+from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import parameter_server_pb2 as ps
+from paramesh.v1 import types_pb2 as pb
 
-from tests.faults.bad_input_rows import CONTROL_ROWS, DATA_ROWS, LEDGER_ROWS, Row
+from tests.cluster.waiting import wait_until
+from tests.faults.bad_input_control_rows import CONTROL_ROWS, SETTINGS
+from tests.faults.bad_input_ledger_rows import LEDGER_ROWS, group
+from tests.faults.bad_input_rows import DATA_ROWS, Row
+from tests.faults.bad_input_step_rows import STEP_ROWS
 from tests.faults.bench import GRADIENT, Bench
 
 
@@ -43,6 +50,10 @@ class TestRefusals:
     def test_data_plane(self, bench, row):
         self.check(bench, row)
 
+    @rows(STEP_ROWS)
+    def test_steps_and_reads(self, bench, row):
+        self.check(bench, row)
+
     @rows(CONTROL_ROWS)
     def test_registration_and_schemas(self, bench, row):
         self.check(bench, row)
@@ -53,14 +64,12 @@ class TestRefusals:
 
     def check(self, bench: Bench, row: Row) -> None:
         """The reason is right, nothing changed, and the server still serves a right request."""
-        state, values = bench.state(), bench.values()
+        bench.snapshot()
         with pytest.raises(ParameshError) as refused:
             row.send(bench)
         assert refused.value.reason == row.reason, str(refused.value)
         assert refused.value.code == REASONS[row.reason].code
-        assert bench.values() == values
-        if not row.noop:
-            assert bench.state() == state
+        bench.check_unchanged(noop=row.noop)
         bench.new_client()
         assert bench.push(sequenced=ps.SequenceKey(seq=1)).lsn > 0
 
@@ -98,6 +107,28 @@ class TestSequences:
         self.push(bench, 1)
         self.refused(bench, "SEQ_TOO_FAR", 7)
 
+    def test_the_furthest_in_the_window_is_a_gap_of_a_client_known_or_not(self, bench):
+        self.refused(bench, "SEQ_GAP", 5)
+        self.push(bench, 1)
+        self.refused(bench, "SEQ_GAP", 6)
+
+    def test_a_gap_that_is_filled_in_time_is_none(self, bench):
+        """Sent in the wrong order over two connections: each is applied once, in its order."""
+        first, second = self.message(bench, 1), self.message(bench, 2)
+        early = bench.soon(bench.push_messages, [second])
+        held = bench.cluster._servers[0]._shards.held[bench.partition]
+        wait_until(lambda: held._changed._waiters, 10, "the early one to be held")
+        assert bench.push_messages([first]).lsn < early.result(10).lsn
+
+    def message(self, bench: Bench, seq: int) -> bytes:
+        return framing.encode(bench.header(sequenced=ps.SequenceKey(seq=seq)), [GRADIENT])
+
+    def test_a_refused_seq_is_refused_again_with_its_own_reason(self, bench):
+        with pytest.raises(ParameshError):
+            self.push(bench, 1, GRADIENT[:64])
+        self.refused(bench, "PAYLOAD_SIZE", 1, GRADIENT[:64])
+        self.refused(bench, "SEQ_REUSED", 1)
+
     def test_a_refused_payload_lets_its_successor_pass(self, bench):
         values = bench.values()
         with pytest.raises(ParameshError):
@@ -106,88 +137,89 @@ class TestSequences:
         assert self.push(bench, 2).lsn > 0
 
     def test_a_fenced_client(self, bench):
+        """Rows 39 and 41."""
         self.push(bench, 1)
         bench.fence(bench.client.client_id)
         self.refused(bench, "CLIENT_FENCED", 2)
         self.refused(bench, "CLIENT_FENCED", 1)
 
 
-class TestBytes:
-    """Rows 19, 20, 27, 28, 29, 66, 68, 69: below the level of messages."""
+class TestSteps:
+    """Row 51: what is late or repeated is no mistake."""
 
-    PUSH = "/paramesh.v1.ParameterServer/Push"
-    PULL = "/paramesh.v1.ParameterServer/Pull"
-    READY = "/paramesh.v1.Ledger/Ready"
+    def ready(self, bench: Bench, number: int, **changes: Any) -> lg.ReadyResponse:
+        fields = {"group": number, "step": 0, "attempt": 1, "weight": 1.0}
+        return bench.ledger("Ready", lg.ReadyRequest(**{**fields, **changes}))
 
-    @pytest.fixture(autouse=True)
-    def nothing_changes(self, bench):
-        state = bench.state()
-        yield
-        assert bench.state() == state
+    def test_ready_of_a_decided_step_is_answered_with_the_decision(self, bench):
+        number = group(bench)
+        first = self.ready(bench, number)
+        assert first.included
+        bench.snapshot()
+        assert self.ready(bench, number) == first
+        bench.check_unchanged()
 
-    def test_garbage_instead_of_a_message(self, bench):
-        for body in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", b"\x7a\x80"):
-            for path, kind in ((self.PUSH, "stream_unary"), (self.PULL, "unary_stream"), (self.READY, "unary_unary")):
-                assert bench.call_bytes(path, body, kind) == grpc.StatusCode.INVALID_ARGUMENT
-
-    def test_an_unknown_method_and_service(self, bench):
-        for path in ("/paramesh.v1.ParameterServer/Nope", "/nope.v1.Nope/Push"):
-            assert bench.call_bytes(path, b"") == grpc.StatusCode.UNIMPLEMENTED
-
-    def test_a_message_above_the_limit(self, bench):
-        body = bytes(framing.MAX_MESSAGE_BYTES + 1)
-        options = [("grpc.max_send_message_length", -1)]
-        with grpc.insecure_channel(bench.server, options=options) as channel, pytest.raises(grpc.RpcError) as refused:
-            channel.stream_unary(self.PUSH)(iter([body]), timeout=10)
-        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def test_metadata_above_the_limit(self, bench):
-        code = bench.call_bytes(self.PULL, b"", "unary_stream", metadata=(("x", "y" * 20_000),))
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def test_an_empty_stream(self, bench):
-        assert bench.call_bytes(self.PUSH, b"", "stream_unary") != grpc.StatusCode.UNKNOWN
-
-    def test_an_expired_deadline(self, bench):
-        request = ps.PullRequest(request=bench.client.header()).SerializeToString()
-        with grpc.insecure_channel(bench.server) as channel, pytest.raises(grpc.RpcError) as refused:
-            list(channel.unary_stream(self.PULL)(request, timeout=-1))
-        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-
-    def test_other_protocols_on_the_port(self, bench):
-        import socket
-
-        host, _, port = bench.server.rpartition(":")
-        for hello in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 16, b"\x16\x03\x01\x02\x00\x01"):
-            with socket.create_connection((host, int(port)), timeout=5) as connection:
-                connection.settimeout(5)
-                connection.sendall(hello)
-                connection.shutdown(socket.SHUT_WR)
-                while connection.recv(65536):
-                    pass
-
-    def test_unknown_fields_of_a_newer_client_are_ignored(self, bench):
-        header = ps.PullRequest(request=bench.client.header(), partitions=[
-            ps.PartitionPull(partition=bench.partition, epoch=1)]).SerializeToString()  # fmt: skip
-        assert bench.call_bytes(self.PULL, header + b"\xf2\x3f\x03abc", "unary_stream") == grpc.StatusCode.OK
+    def test_ready_with_other_content_under_a_used_attempt(self, bench):
+        """Row 52, at the ledger: another member holds the step open."""
+        number = group(bench)
+        mine, other = bench.client, bench.connect()
+        bench.ledger("Join", lg.JoinRequest(slot="bad/other"))
+        bench.ledger("SetActivity", lg.SetActivityRequest(activity=lg.ACTIVITY_ACTIVE))
+        bench.client = mine
+        early = bench.soon(bench.ledger, "Ready", lg.ReadyRequest(group=number, attempt=1, weight=1.0), mine.header())
+        wait_until(lambda: bench.waits("step"), 10, "the first Ready to wait")
+        bench.snapshot()
+        with pytest.raises(ParameshError) as refused:
+            self.ready(bench, number, weight=2.0)
+        assert refused.value.reason == "SEQ_REUSED"
+        bench.check_unchanged()
+        bench.client = other
+        bench.ledger("Leave", lg.LeaveRequest())
+        assert early.result(10).record.contributors[0].weight == 1.0
+        bench.client = mine
 
 
-def test_frames_after_the_last_are_refused_and_a_retry_tells_that_the_push_stands(bench):
-    """Row 7: what was complete when the surplus came was applied; the same seq says so."""
-    message = framing.encode(bench.header(), [GRADIENT])
-    with pytest.raises(ParameshError) as refused:
-        bench.push_messages([message, message])
-    assert refused.value.reason == "PAYLOAD_SIZE"
-    assert bench.push_messages([message]).duplicate
+class TestRepeats:
+    """Rows 42 and 46: what is repeated is answered as the first, and decides nothing."""
+
+    def test_registering_again(self, bench):
+        header = pb.RequestHeader(job="default", protocol=1, generation=1)
+        here = {"slot": f"again/{bench.client.client_id}", "incarnation": 5}
+        for method, request in [
+            ("RegisterClient", co.RegisterClientRequest(request=header, role="worker", **here)),
+            ("RegisterHost", co.RegisterHostRequest(request=header, name="again", incarnation=5, slots=1)),
+        ]:
+            first = bench.coordinator("Membership", method, request)
+            bench.snapshot()
+            assert bench.coordinator("Membership", method, request) == first
+            bench.check_unchanged()
+
+    def test_a_server_that_registers_again(self, bench):
+        server = bench.cluster._servers[0]
+        bench.snapshot()
+        bench.register_server(name="server-0", incarnation=server.incarnation)
+        bench.check_unchanged()
+
+    def test_the_same_table_again_is_the_same_table(self, bench):
+        first = bench.create_table(name="again").table_id
+        bench.snapshot()
+        assert bench.create_table(name="again").table_id == first
+        bench.check_unchanged()
+
+    def test_orders_that_are_repeated(self, bench):
+        bench.fence(bench.client.client_id)
+        bench.snapshot()
+        bench.fence(bench.client.client_id)
+        bench.check_unchanged()
 
 
-@pytest.mark.parametrize("setting", [("lr", -1.0), ("lr", float("nan")), ("no_such_setting", 1.0)])
-def test_a_table_with_settings_that_torch_refuses_says_so(bench, setting):
+@pytest.mark.parametrize(("optimizer", "settings"), SETTINGS, ids=str)
+def test_a_table_with_settings_that_torch_refuses_says_so(bench, optimizer, settings):
     """Row 48: the coordinator has no torch; the servers' refusal reaches who writes first values."""
-    name = f"bad-{setting[0]}-{setting[1]}"
+    name = f"bad-{bench.client.client_id}"
     values = bench.values()
     with pytest.raises(ParameshError) as refused, bench.cluster.client() as client:
-        client.create_table(name, {"w": torch.zeros(3)}, "SGD", {"lr": 0.1, setting[0]: setting[1]})
+        client.create_table(name, {"w": torch.zeros(3)}, optimizer, settings)
     assert refused.value.reason == "HYPER_PARAMETER", str(refused.value)
     assert bench.values() == values
 
@@ -199,7 +231,63 @@ def test_subnormals_and_negative_zeros_are_gradients_too(bench):
     assert bench.push(bytes(gradient)).lsn > 0
 
 
-def test_the_same_table_again_is_the_same_table(bench):
-    """Row 46, and 42 for servers: what is repeated is answered as the first."""
-    first = bench.create_table(name="again").table_id
-    assert bench.create_table(name="again").table_id == first
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        {"w": torch.ones(3, 4, dtype=torch.float64)},
+        {"w": torch.ones(3, 4, dtype=torch.int64)},
+        {"w": torch.ones(4, 3)},
+        {"w": torch.ones(12)},
+        {"no_such": torch.ones(1)},
+    ],
+    ids=["dtype", "integers", "shape", "rank", "name"],
+)
+def test_tensors_that_are_not_the_tables_are_refused_where_they_are(bench, gradients):
+    """Rows 3 and 5: a push has no dtype and no shape on the wire, so the client compares them with the schema."""
+    bench.snapshot()
+    with pytest.raises(ParameshError) as refused:
+        bench.tool.push("t", gradients)
+    assert refused.value.reason in ("TENSOR_MISMATCH", "DTYPE")
+    bench.check_unchanged()
+
+
+class TestRoutes:
+    """Rows 32 and 34, on clusters of their own: requests that went by an older map."""
+
+    def test_a_push_to_a_server_that_is_not_the_primary(self):
+        with testing.Cluster(servers=2, client_timeout=600.0) as cluster:
+            bench = Bench(cluster)
+            bench.new_client()
+            right = bench.server
+            (wrong,) = (s.address for s in cluster._servers.values() if s.address != right)
+            bench.snapshot()
+            bench.server = wrong
+            for send in (bench.push, bench.pull):
+                with pytest.raises(ParameshError) as refused:
+                    send()
+                assert refused.value.reason == "NOT_PRIMARY"
+                assert refused.value.metadata["primary"] == right
+                assert refused.value.metadata["epoch"] == "1"
+            bench.server = right
+            bench.check_unchanged()
+            assert bench.push().lsn > 0
+
+    def test_a_request_under_an_epoch_that_is_over(self):
+        """The server fell silent, was declared dead and came back: its partitions are in epoch 2."""
+        with testing.Cluster(heartbeat_interval=0.1, failure_timeout=0.5, client_timeout=600.0) as cluster:
+            bench = Bench(cluster)  # its tool beats, so the coordinator does not doubt itself
+            server = cluster._servers[0]
+            cluster.call(server._registration._heartbeat.stop())
+            wait_until(lambda: not cluster._coordinator._driver.state.live_servers(), 20, "its death to be declared")
+            bench.register_server(
+                name="server-0", incarnation=server.incarnation, address=bench.server, control_address=bench.control
+            )
+            held = server._shards.held[bench.partition]
+            wait_until(lambda: held.partition.epoch == 2, 20, "the new epoch")
+            before = held.partition.state_hash()
+            for send in (bench.push, bench.pull):
+                with pytest.raises(ParameshError) as refused:
+                    send()
+                assert (refused.value.reason, refused.value.metadata["epoch"]) == ("STALE_EPOCH", "2")
+            assert held.partition.state_hash() == before
+            assert bench.push(epoch=2).lsn > 0

@@ -76,19 +76,23 @@ def assert_rejoined_at_a_step_boundary(victim, survivors) -> None:
     assert common, "the restarted worker never stepped together with the others"
 
 
-def test_a_zombie_changes_nothing(process_cluster):
-    """Stopped in mid-step, evicted, continued: what it had staged counts for nothing; it rejoins as new."""
+@pytest.mark.parametrize("who", ["signal_everything", "signal_training"])
+def test_a_zombie_changes_nothing(process_cluster, who):
+    """Stopped in mid-step, evicted, continued: what it had staged counts for nothing; it rejoins as new.
+
+    Stopped with its supervisor it is silent; stopped alone, its supervisor beats on and must tell.
+    """
     cluster = process_cluster(servers=1, start_workers=2)
     survivor = cluster.start_worker(TALLY, length=80, epochs=2, seconds=0.02, wait_at=10, waiter=0)
     zombie = cluster.start_worker(TALLY, length=80, epochs=2, seconds=0.02, wait_at=5, waiter=1)
     cluster.wait_until(lambda: zombie.events("waiting"), 60, "the zombie to be in mid-step")
-    zombie.signal_everything(signal.SIGSTOP)
+    getattr(zombie, who)(signal.SIGSTOP)
     zombie.open_gate("go")
     cluster.wait_until(lambda: survivor.events("waiting"), 30, "the survivor to go on alone")
     tables = inspection.state_hashes(cluster.coordinator_address)
     assert inspection.ledger_status(cluster.coordinator_address).evictions == 1
 
-    zombie.signal_everything(signal.SIGCONT)
+    getattr(zombie, who)(signal.SIGCONT)
     cluster.wait_until(
         lambda: len(inspection.ledger_status(cluster.coordinator_address).members) == 2, 30, "the zombie to rejoin"
     )

@@ -249,8 +249,10 @@ def _check_psctl(said: dict[str, str]) -> None:
         (0, "ledger", "online", 1), (1, "net/0", "online", 1),
     ]  # fmt: skip
     assert rows[1]["in_sync"] == [rows[1]["primary"]] == [{"name": "server-a", "incarnation": "1"}]
-    events = [json.loads(line) for line in said["events"].splitlines()]
+    events = json.loads(said["events"])
     assert [e["id"] for e in events] == sorted(e["id"] for e in events)
+    (evicted,) = [e["evidence"] for e in events if e["kind"] == "client_evicted"]
+    assert (evicted["exit_code"], evicted["reason"]) == (-9, "SIGKILL (exit report from host h)")
     for word in ("server-a", "live", "evicted", "SIGKILL (exit report from host h)", "net/0"):
         assert word in said["page"], word
 
@@ -268,6 +270,21 @@ def test_psctl_promotes_only_what_is_lost_and_only_if_it_is_meant(coordinator: C
     assert (unmeant.returncode, "--accept-loss" in unmeant.stderr) == (2, True)
     refused = psctl(coordinator.address, "promote", "0", "server-a", "--accept-loss")
     assert (refused.returncode, "partition 0 is online" in refused.stderr) == (1, True), refused.stderr
+
+
+def test_psctl_follows_events_one_per_line(coordinator: CoordinatorProcess) -> None:
+    """One document for who looks once; lines for who follows, each an object of its own."""
+    once = json.loads(psctl(coordinator.address, "events", "--json").stdout)
+    command = [sys.executable, "-m", "paramesh_coordinator.psctl", "events", "--json", "--watch", "--coordinator"]
+    with subprocess.Popen([*command, coordinator.address], stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            lines = [following.stdout.readline() for _ in once]
+        finally:
+            following.kill()
+    assert [json.loads(line) for line in lines] == once
+    assert [event["kind"] for event in once] == ["coordinator_started"]
+    assert once[0]["evidence"]["watched"] == 0
 
 
 def start_seconds() -> float:

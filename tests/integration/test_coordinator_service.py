@@ -506,3 +506,22 @@ def test_a_bug_leaves_as_an_id_and_not_as_its_text(monkeypatch: pytest.MonkeyPat
         assert await scene.call.client("p", 1) == 1, "and the next decision is taken"
 
     play(body)
+
+
+def test_most_nodes_gone_at_once_are_dead_in_the_end() -> None:
+    """Nobody reports their exits; the one that is left is heard all the time (decision 0009)."""
+
+    async def body(scene: Scene) -> None:
+        await scene.server("a")
+        gone = [(await scene.server(name))[1] for name in ("b", "c", "d")]
+        await until(lambda: all(heart.answers > 3 for heart in gone), 5, "beats")
+        for heart in gone:
+            await heart.stop()
+
+        async def dead() -> bool:
+            states = {n.ref.node: n.state for n in (await scene.call.map()).nodes}
+            return [name for name, state in states.items() if state == pb.NODE_STATE_DEAD] == ["b", "c", "d"]
+
+        await until(dead, 30, "the three to be declared dead")
+
+    play(body)

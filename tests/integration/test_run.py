@@ -173,6 +173,35 @@ def test_a_failed_script_is_named_with_its_last_lines(run, tmp_path: Path):
     nothing_is_left(started)
 
 
+def test_what_a_restart_cannot_mend_ends_the_run_at_once(run):
+    started = run("import paramesh.errors as e; raise e.refuse('WRONG_CLUSTER', 'this is job x')")
+    assert started.wait() == 1
+    assert any(line.split() == ["restarts", "0"] for line in started.out)
+    why = "exited with code 1; a restart cannot mend that (WRONG_CLUSTER: this is job x)"
+    assert started.saw(f"worker 0 failed: {why}")
+    nothing_is_left(started)
+
+
+def test_a_short_run_says_what_it_does_and_nothing_that_sounds_like_a_fault(run):
+    """Two that say nothing is wrong: phases in order, each once; one server is no "servers"."""
+    started = run(ROOT / "examples" / "linear_regression.py", options=("--plain",))
+    assert started.wait() == 0
+    phases = [line.split(" ", 2)[2] for line in started.out if re.match(r"\[ps-run\] \d+:\d\d [a-z0-9 ]+$", line)]
+    assert phases[:3] == ["starting the coordinator", "starting 1 server", "starting 1 worker"]
+    assert "no workers" not in phases
+    assert phases[-1] == "stopping"
+
+
+def test_ctrl_c_is_one_line_per_worker(run):
+    started = run("import paramesh\nprint('armed', flush=True)\ntime.sleep(1000)", options=("--workers", "2"))
+    wait_until(lambda: sum("armed" in line for line in started.out) == 2, START_S, "both workers")
+    os.killpg(started.popen.pid, signal.SIGINT)
+    assert started.wait(END_S) == 130
+    assert sorted(line.rpartition(":")[0] for line in started.err) == [
+        "[worker 0] interrupted at script.py", "[worker 1] interrupted at script.py",
+    ]  # fmt: skip
+
+
 def test_ctrl_c_leaves_nothing(run):
     body = """
     try: time.sleep(1000)

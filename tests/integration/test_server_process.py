@@ -128,6 +128,24 @@ def test_a_killed_server_is_dead_at_once_by_its_helper(nodes: Nodes) -> None:
     server.wait(10)
 
 
+def test_a_death_whose_code_is_not_known_is_said_so(nodes: Nodes, tmp_path: Path) -> None:
+    """A parent that reaps at once, as `timeout` does, leaves the helper nothing to look at: 255 would be a lie."""
+    nodes.start_coordinator("127.0.0.1:0", "--failure-timeout", "60", "--client-timeout", "60")
+    nodes.start_server("s0", "--heartbeat", "none")
+    nodes.said("s0", r"(serving)")
+    incarnation = next(n.ref.incarnation for n in nodes.map().nodes if n.ref.node == "s0")
+    reaped = subprocess.Popen([sys.executable, "-c", ""])
+    reaped.wait(20)
+    helper = nodes.start(
+        "helper", "paramesh_server.beat", "--coordinators", nodes.coordinator, "--job", "default", "--name", "s0",
+        "--generation", str(nodes.map().generation), "--incarnation", str(incarnation), "--parent", str(reaped.pid),
+        "--figures-fd", "0", "--interval", "0.5", "--timeout", "2",
+    )  # fmt: skip
+    assert helper.wait(20) == 0
+    (reason,) = [n.reason for n in nodes.map().nodes if n.ref.node == "s0"]
+    assert reason == "process ended: its exit code is not known"
+
+
 def test_a_stopped_server_falls_silent_and_comes_back(nodes: Nodes) -> None:
     """The helper beats for exactly as long as the server could answer."""
     nodes.start_coordinator()

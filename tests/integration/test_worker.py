@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from paramesh.v1 import coordinator_pb2 as pb
+from paramesh_worker.stops import process_state
 
 from tests.cluster.processes import MARK, marked_processes
 from tests.cluster.waiting import wait_until
@@ -28,6 +29,8 @@ def test_a_script_runs_to_its_end_in_its_place(start_ps_worker, recorder: Record
     assert [hello["path0"] for hello in hellos] == [str(tmp_path)] * 2
     registration = recorder.registrations[0]
     assert (registration.name, registration.slots) == ("host-a", 2)
+    errors = [hello["env"]["PARAMESH_ERROR_FILE"] for hello in hellos]
+    assert len({path for path in errors if path.startswith(f"/proc/{worker.popen.pid}/fd/")}) == 2
     for index, hello in enumerate(hellos):
         env = hello["env"]
         env.pop(MARK)
@@ -40,6 +43,7 @@ def test_a_script_runs_to_its_end_in_its_place(start_ps_worker, recorder: Record
             "PARAMESH_HOST_INCARNATION": str(registration.incarnation),
             "PARAMESH_LOCAL_RANK": str(index),
             "PARAMESH_RESTART": "0",
+            "PARAMESH_ERROR_FILE": errors[index],
         }
         assert hello["sid"] == hello["pid"], "it leads its own session"
     assert {line.partition("] ")[0] for line in worker.out} == {"[worker 0", "[worker 1"}
@@ -63,6 +67,57 @@ def test_a_killed_child_is_reported_at_once_and_restarted(start_ps_worker, recor
     assert again["env"]["PARAMESH_SLOT"] == "host-a/1"
     assert again["env"]["PARAMESH_RESTART"] == "1"
     assert any("killed by SIGKILL; restart 1 of 3" in line for line in worker.err)
+
+
+def test_a_stopped_child_is_reported_once_per_stop_and_left_alone(start_ps_worker, recorder: Recorder):
+    """Its supervisor beats on, and so would vouch for it without end."""
+    worker = start_ps_worker(FOREVER, options=("--nproc", "2"))
+    wait_until(lambda: len(worker.hellos()) == 2, START_S, "both processes")
+    victim = next(h for h in worker.hellos() if h["env"]["PARAMESH_LOCAL_RANK"] == "1")["pid"]
+    for stop in (1, 2):
+        os.kill(victim, signal.SIGSTOP)
+        wait_until(lambda stop=stop: len(recorder.exits) == stop, 10, "the report")
+        # Long enough for a second report of the same stop: the recorder's failure timeout is 10 beats.
+        beats = len(recorder.beats)
+        wait_until(lambda beats=beats: len(recorder.beats) > beats + 25, 20, "beats to go on")
+        os.kill(victim, signal.SIGCONT)
+        wait_until(lambda: process_state(victim) == "S", 10, "the process to go on")
+        beats = len(recorder.beats)
+        wait_until(lambda beats=beats: len(recorder.beats) > beats + 5, 20, "the supervisor to see it go on")
+    assert [(report.slot, report.exit_code) for _, report in recorder.exits] == [("host-a/1", -signal.SIGSTOP)] * 2
+    assert sum("worker 1 (host-a/1) is stopped" in line for line in worker.err) == 2
+    assert len(worker.hellos()) == 2, "nothing was restarted"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "why"),
+    [
+        ("import argparse; argparse.ArgumentParser().parse_args(['--no-such'])", 2, "a wrong command line"),
+        ("import paramesh.errors as e; raise e.refuse('PARTITION_OFFLINE', 'ps-0 is lost')", 1,
+         "PARTITION_OFFLINE: ps-0 is lost"),
+        ("import paramesh\nos.environ['PARAMESH_COORDINATOR'] = 'nowhere'\nparamesh.init()", 1, "CONFIG: "),
+        ("import paramesh, no_such_module", 1, "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+    ids=["usage", "offline", "config", "import"],
+)  # fmt: skip
+def test_what_a_restart_cannot_mend_is_not_restarted(start_ps_worker, body: str, code: int, why: str):
+    worker = start_ps_worker(body)
+    assert worker.wait() == code
+    assert len(worker.hellos()) == 1
+    (said,) = [line for line in worker.err if "worker 0 (host-a/0) failed" in line]
+    assert f"exited with code {code}; a restart cannot mend that (" in said
+    assert why in said
+
+
+def test_a_scripts_own_error_is_restarted(start_ps_worker):
+    worker = start_ps_worker(
+        """
+        import paramesh
+        if restart == 0: raise RuntimeError("in a training step")
+        """
+    )
+    assert worker.wait() == 0
+    assert len(worker.hellos()) == 2
 
 
 def test_the_end_is_noticed_although_a_grandchild_holds_the_output_open(start_ps_worker, recorder: Recorder):
@@ -118,6 +173,26 @@ def test_a_signal_is_passed_on_and_nothing_is_left(number, code, start_ps_worker
     assert worker.wait() == code
     assert sum("cleaning up" in line for line in worker.out) == 2
     assert not worker.others()
+
+
+def test_an_interrupted_script_says_so_in_one_line(start_ps_worker):
+    """No traceback per process for a Ctrl-C, which nobody needs explained."""
+    worker = start_ps_worker(
+        """
+        import paramesh
+        print("armed")
+        time.sleep(1000)
+        """,
+        options=("--nproc", "2"),
+    )
+    wait_until(lambda: sum("armed" in line for line in worker.out) == 2, START_S, "both processes")
+    worker.popen.send_signal(signal.SIGINT)
+    assert worker.wait() == 130
+    said = sorted(line for line in worker.err if line.startswith("[worker "))
+    assert [line.rpartition(":")[0] for line in said] == [
+        "[worker 0] interrupted at script.py", "[worker 1] interrupted at script.py",
+    ]  # fmt: skip
+    assert not any("Traceback" in line for line in worker.err)
 
 
 def test_a_graceful_end_after_sigterm_is_success(start_ps_worker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -55,6 +56,18 @@ def test_the_coordinator_goes_and_comes_back_and_training_goes_on(start_ps_worke
     assert any("coordinator=back" in line for line in worker.err)
     assert len(worker.hellos()) == 1, "the training process was left alone"
     assert len(recorder.registrations) == 1, "it was known; no need to register again"
+
+
+def test_a_stopped_process_is_reported_when_the_coordinator_is_back(start_ps_worker, recorder: Recorder):
+    worker = start_ps_worker(FOREVER)
+    wait_until(lambda: recorder.beats and worker.hellos(), START_S, "beats")
+    recorder.server.stop(None).wait()
+    wait_until(lambda: any("coordinator=away" in line for line in worker.err), 10, "the loss to be noticed")
+    os.kill(worker.hellos()[0]["pid"], signal.SIGSTOP)
+    recorder.server, _ = serve(recorder, recorder.port)
+    wait_until(lambda: recorder.exits, 20, "the report")
+    assert [report.exit_code for _, report in recorder.exits] == [-signal.SIGSTOP]
+    assert not any("undelivered" in line for line in worker.err), "it is tried again, and that is not news"
 
 
 def test_a_coordinator_that_stops_to_answer_is_noticed(start_ps_worker, recorder: Recorder):

@@ -16,8 +16,11 @@ from .output import Printer, PrinterHandler
 __all__ = ["main"]
 
 DESCRIPTION = """\
-Run training processes of a Paramesh job on this machine, and look after them: each is restarted when it
-fails, its output is labelled, the cluster hears at once when it ends, and nothing is left when you stop.
+Run the training processes of one machine of a Paramesh job, and look after them.
+
+Each is restarted when it fails, its output is labelled, the cluster hears at once when it ends or is stopped,
+and nothing is left when you stop. An error that a restart cannot mend (lost partitions, a wrong setting or
+command line, a script that cannot be loaded) ends the job at once.
 SCRIPT is started as `python SCRIPT ARGS` would start it; everything after SCRIPT is the script's own."""
 
 EXAMPLES = """\

@@ -11,8 +11,11 @@ That is why this is not left to argparse, which would take options from both sid
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 
 from paramesh.errors import ConfigError
 
@@ -41,17 +44,45 @@ class Command:
         return [python, *(["-m"] if self.is_module else []), self.target, *self.arguments]
 
     def check(self) -> None:
-        """Refuse a script that cannot be run.
+        """Refuse what cannot be run, before anything is started for it.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: there is no such file or module, or the file is no Python.
         """
-        if self.is_module or os.path.isfile(self.target):
-            return
+        if self.is_module:
+            return self._check_module()
+        if os.path.isfile(self.target):
+            return self._check_syntax()
         if os.path.isdir(self.target) and os.path.isfile(os.path.join(self.target, "__main__.py")):
             return
         what = "is a folder without __main__.py" if os.path.isdir(self.target) else "does not exist"
         raise ConfigError(f"argument SCRIPT: {self.target!r} {what}")
+
+    def _check_syntax(self) -> None:
+        # Python runs archives and compiled files too; only sources can be looked into.
+        if not self.target.endswith(".py"):
+            return
+        try:
+            with open(self.target, "rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # They are said when it runs.
+                compile(file.read(), self.target, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            where = f"{self.target}:{error.lineno}" if error.lineno else self.target
+            raise ConfigError(f"argument SCRIPT: {where}: {type(error).__name__}: {error.msg}") from None
+        except ValueError as error:
+            raise ConfigError(f"argument SCRIPT: {self.target!r} is no Python source: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"argument SCRIPT: {self.target!r} cannot be read: {error.strerror}") from None
+
+    def _check_module(self) -> None:
+        # The outermost package only: to look further would run its code here.
+        package = self.target.partition(".")[0]
+        if package in sys.builtin_module_names or PathFinder.find_spec(package, ["", *sys.path]):
+            return
+        for finder in sys.meta_path:  # as editable installs bring along
+            if finder.find_spec(package, None) is not None:
+                return
+        raise ConfigError(f"argument -m: there is no module {package!r} here")
 
 
 def split(argv: Sequence[str], flags: Mapping[str, bool]) -> tuple[list[str], Command | None]:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ def option(
     kind: Callable[[str], Any] = int,
     choices: Sequence[str] | None = None,
     env: str = "",
+    group: str = "options",
 ) -> Any:
     """A dataclass field that is a command line flag.
 
@@ -47,8 +49,9 @@ def option(
         kind: turns the text into the value.
         choices: the only values allowed.
         env: an environment variable that gives the default.
+        group: under which heading --help shows it.
     """
-    settings = {"help": help, "metavar": metavar, "kind": kind, "choices": choices, "env": env}
+    settings = {"help": help, "metavar": metavar, "kind": kind, "choices": choices, "env": env, "group": group}
     return field(default=default, metadata=settings)
 
 
@@ -58,12 +61,13 @@ class WorkerConfig:
 
     usage: ClassVar[str] = "ps-worker [options] SCRIPT [ARGS...]   (or: -m MODULE [ARGS...])"
 
-    nproc: int = option(1, "training processes to run on this machine, one per GPU as a rule")
+    nproc: int = option(1, "training processes to run on this machine, one per GPU as a rule", group="processes")
     max_restarts: int = option(
         3,
         "restarts that each process may use up before the job fails; the count starts anew after 5 minutes"
-        " of health. 0 switches restarting off",
+        " of health. 0 switches restarting off. An error that a restart cannot mend uses up none and fails it",
         metavar="K",
+        group="processes",
     )
     coordinator: str = option(
         "",
@@ -71,14 +75,18 @@ class WorkerConfig:
         metavar="HOST:PORT",
         kind=str,
         env="PARAMESH_COORDINATOR",
+        group="cluster",
     )
-    job: str = option("default", "name of the job, as the coordinator's", metavar="JOB", kind=str, env="PARAMESH_JOB")
+    job: str = option(
+        "default", "name of the job, as the coordinator's", metavar="JOB", kind=str, env="PARAMESH_JOB", group="cluster"
+    )
     name: str = option(
         "",
         "name of this machine in the cluster, kept over restarts so that its processes get their ranks back."
         " Default: the host name; two supervisors on one machine need two names",
         metavar="HOST",
         kind=str,
+        group="cluster",
     )
     log_dir: str = option(
         "",
@@ -86,16 +94,22 @@ class WorkerConfig:
         " [worker i]",
         metavar="DIR",
         kind=str,
+        group="output",
     )
-    tee: bool = option(False, "with --log-dir: also write it to the console", metavar="", kind=bool)
+    tee: bool = option(False, "with --log-dir: also write it to the console", metavar="", kind=bool, group="output")
     grace: float = option(
         10.0,
         "seconds that processes have to end after SIGTERM or Ctrl-C, which are passed on",
         metavar="SECONDS",
         kind=float,
+        group="processes",
     )
     log_level: str = option(
-        "info", "how much the supervisor itself says", choices=("debug", "info", "warning", "error"), kind=str
+        "info",
+        "how much the supervisor itself says",
+        choices=("debug", "info", "warning", "error"),
+        kind=str,
+        group="output",
     )
     events_fd: int = option(-1, argparse.SUPPRESS, metavar="FD")
     """Descriptor that gets a line of JSON for each start and end of a process, for ps-run; -1: none."""
@@ -131,8 +145,8 @@ class RunConfig:
 
     usage: ClassVar[str] = "ps-run [options] SCRIPT [ARGS...]   (or: -m MODULE [ARGS...])"
 
-    servers: int = option(1, "parameter servers; one moves about 3 GB/s", metavar="S")
-    workers: int = option(1, "training processes", metavar="W")
+    servers: int = option(1, "parameter servers; one moves about 3 GB/s", metavar="S", group="cluster")
+    workers: int = option(1, "training processes", metavar="W", group="cluster")
     mode: str | None = option(
         None,
         "how steps work, for a DistributedOptimizer that is not told in the script: sync (default; one global"
@@ -140,31 +154,51 @@ class RunConfig:
         " exchange every --every steps)",
         choices=("sync", "ssp", "async", "local"),
         kind=str,
+        group="training",
     )
     staleness: int | None = option(
-        None, "with ssp: how many steps the fastest worker may be ahead of the slowest (default: 4)"
+        None, "with ssp: how many steps the fastest worker may be ahead of the slowest (default: 4)", group="training"
     )
-    every: int | None = option(None, "with local: steps between two exchanges (default: 1)", metavar="H")
-    replicas: int = option(1, "copies of each partition; this release keeps 1", metavar="R")
-    max_restarts: int = option(3, "restarts that each worker may use up before the run fails", metavar="K")
-    port: int = option(0, "port of the coordinator on 127.0.0.1, for psctl; 0: any free one", metavar="P")
+    every: int | None = option(
+        None, "with local: steps between two exchanges (default: 1)", metavar="H", group="training"
+    )
+    replicas: int = option(1, "copies of each partition; this release keeps 1", metavar="R", group="cluster")
+    max_restarts: int = option(
+        3,
+        "restarts that each worker may use up before the run fails; an error that a restart cannot mend uses up none",
+        metavar="K",
+        group="processes",
+    )
+    port: int = option(
+        0, "port of the coordinator on 127.0.0.1, for psctl; 0: any free one", metavar="P", group="cluster"
+    )
     state: str = option(
         "",
         "new file for the state of the coordinator; default: a temporary one",
         metavar="FILE",
         kind=str,
+        group="cluster",
     )
     log_dir: str = option(
-        "", "folder of all logs; default: a new one under the temporary folder", metavar="DIR", kind=str
+        "",
+        "folder of all logs; default: a new one under the temporary folder",
+        metavar="DIR",
+        kind=str,
+        group="output",
     )
     grace: float = option(
         10.0,
         "seconds that processes have to end after Ctrl-C; a second Ctrl-C kills at once",
         metavar="SECONDS",
         kind=float,
+        group="processes",
     )
     plain: bool = option(
-        False, "plain lines instead of the live display, as when stdout is no terminal", metavar="", kind=bool
+        False,
+        "plain lines instead of the live display, as when stdout is no terminal",
+        metavar="",
+        kind=bool,
+        group="output",
     )
 
     def checked(self) -> RunConfig:
@@ -227,12 +261,18 @@ def parse(
         usage=config.usage,
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Layout,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {_version()}", help="show the version and exit"
+    )
+    groups: dict[str, argparse._ActionsContainer] = {"options": parser}
     for each in dataclasses.fields(config):
-        _add(parser, each, environ)
+        group = each.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        _add(groups[group], each, environ)
     try:
         options, command = split(argv, flags(config))
         values = parser.parse_args(options)
@@ -245,13 +285,21 @@ def parse(
         parser.exit(2, f"{prog}: error: {error}\n")
 
 
-def _add(parser: argparse.ArgumentParser, each: dataclasses.Field[Any], environ: Mapping[str, str]) -> None:
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """The layout of `paramesh.command_help`: descriptions as written, and room for them."""
+
+    def __init__(self, prog: str) -> None:
+        columns = shutil.get_terminal_size().columns - 2
+        super().__init__(prog, max_help_position=28, width=min(columns, 110))
+
+
+def _add(parser: argparse._ActionsContainer, each: dataclasses.Field[Any], environ: Mapping[str, str]) -> None:
     settings = each.metadata
     if not settings["metavar"]:
         parser.add_argument(_flag(each.name), action="store_true", help=settings["help"])
         return
     text = settings["help"]
-    if text != argparse.SUPPRESS and each.default not in (None, "") and not settings["choices"]:
+    if text != argparse.SUPPRESS and each.default not in (None, ""):
         text += " (default: %(default)s)"
     parser.add_argument(
         _flag(each.name),

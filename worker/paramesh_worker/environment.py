@@ -23,6 +23,8 @@ class Place:
     """Index of the process on this host, 0 <= local_rank < nproc."""
     restart: int = 0
     """How often this slot was started before."""
+    error_file: str = ""
+    """Where the process writes which exception ended it; empty: nowhere."""
 
     @property
     def slot(self) -> str:
@@ -55,6 +57,8 @@ def child_environment(inherited: Mapping[str, str], place: Place, nproc: int) ->
         PARAMESH_LOCAL_RANK=str(place.local_rank),
         PARAMESH_RESTART=str(place.restart),
     )
+    if place.error_file:
+        env["PARAMESH_ERROR_FILE"] = place.error_file
     # The supervisor's PARAMESH_RANK is the preferred rank of its first process.
     if inherited.get("PARAMESH_RANK", "").isdecimal():
         env["PARAMESH_RANK"] = str(int(inherited["PARAMESH_RANK"]) + place.local_rank)

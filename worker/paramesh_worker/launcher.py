@@ -11,8 +11,10 @@ from .config import RunConfig, parse
 __all__ = ["main"]
 
 DESCRIPTION = """\
-Train SCRIPT on a whole Paramesh cluster on this machine: a coordinator, S servers and W workers, all started
-here, watched, and gone when you leave. A worker that fails is restarted, the others go on meanwhile.
+Train SCRIPT on a whole Paramesh cluster on this machine.
+
+A coordinator, S servers and W workers are started here, watched, and gone when you leave. A worker that
+fails is restarted, and the others go on meanwhile, unless a restart cannot mend its error.
 SCRIPT is started as `python SCRIPT ARGS` would start it; everything after SCRIPT is the script's own."""
 
 EXAMPLES = """\

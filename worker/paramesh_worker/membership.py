@@ -82,13 +82,21 @@ class CoordinatorLink:
         await self._register_patiently(patience_s)
         self._beating = asyncio.create_task(self._beat_forever(), name="heartbeats")
 
-    async def report_exit(self, slot: str, exit_code: int, patience_s: float = REPORT_PATIENCE_S) -> bool:
+    @property
+    def failure_timeout_s(self) -> float:
+        """Seconds of silence after which the coordinator holds a node for dead."""
+        return self._timeout_s
+
+    async def report_exit(
+        self, slot: str, exit_code: int, patience_s: float = REPORT_PATIENCE_S, *, quietly: bool = False
+    ) -> bool:
         """Say that a slot's process has ended; repeat until it is confirmed.
 
         Args:
             slot: the process's place.
-            exit_code: as Python's returncode.
+            exit_code: as Python's returncode; `stops.STOPPED_EXIT_CODE` for one that is stopped.
             patience_s: how long to repeat it; the slot waits meanwhile.
+            quietly: say nothing of a coordinator that does not answer; the caller tries again.
 
         Returns:
             Whether the coordinator has confirmed it.
@@ -113,7 +121,8 @@ class CoordinatorLink:
                     log.warning("exit_report=refused slot=%s reason=%s: %s", slot, error.reason, error)
                     return False
             if time.monotonic() >= deadline:
-                log.warning("exit_report=undelivered slot=%s: the coordinator does not answer", slot)
+                level = logging.DEBUG if quietly else logging.WARNING
+                log.log(level, "exit_report=undelivered slot=%s: the coordinator does not answer", slot)
                 return False
             await asyncio.sleep(backoff.next())
 

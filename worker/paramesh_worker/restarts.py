@@ -15,7 +15,23 @@ import enum
 import signal
 from dataclasses import dataclass, replace
 
-__all__ = ["Decision", "Ended", "RestartLimits", "SlotHistory", "Verdict", "decide", "describe_exit"]
+__all__ = ["Decision", "Ended", "RestartLimits", "SlotHistory", "Verdict", "Words", "decide", "describe_exit"]
+
+
+USAGE_ERROR = 2
+"""What argparse, click and Python itself exit with when the command line is wrong; the next one is the same."""
+
+HOPELESS = frozenset(
+    (
+        # The settings, or the releases; values that are lost.
+        *("CONFIG", "WRONG_CLUSTER", "VERSION", "UNIMPLEMENTED", "PARTITION_OFFLINE"),
+        # The script.
+        *("TENSOR_MISMATCH", "DTYPE", "SHAPE", "NAME", "SCHEMA"),
+        *("UNSUPPORTED_OPTIMIZER", "HYPER_PARAMETER", "STATE_TOO_LARGE"),
+    )
+)
+"""Reasons of `paramesh.errors` that a new process of the same command meets again: what they are about is
+the same for it. The others depend on the moment or on the data, and are restarted as a script's own errors are."""
 
 
 class Decision(enum.Enum):
@@ -58,6 +74,19 @@ class SlotHistory:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The exception that ended a process, as the process itself told."""
+
+    kind: str
+    """Its class: "PartitionOffline"."""
+    reason: str
+    """The reason of one of Paramesh's own errors: "PARTITION_OFFLINE"; empty for others."""
+    message: str
+    of_the_script: bool = False
+    """Whether the script cannot even be loaded: a SyntaxError or an ImportError."""
+
+
+@dataclass(frozen=True)
 class Ended:
     """How one process ended."""
 
@@ -65,6 +94,20 @@ class Ended:
     """As Python's returncode: negative for a signal."""
     ran_s: float
     """Seconds from its start to its end."""
+    words: Words | None = None
+    """What it said of its end; None if it said nothing."""
+
+    @property
+    def hopeless(self) -> str:
+        """Why a restart cannot mend this end; empty if it may."""
+        words = self.words
+        if words is not None and words.reason in HOPELESS:
+            return f"{words.reason}: {words.message}"
+        if words is not None and words.of_the_script:
+            return f"{words.kind}: {words.message}"
+        if self.exit_code == USAGE_ERROR:
+            return "code 2 stands for a wrong command line"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +136,8 @@ def decide(history: SlotHistory, ended: Ended, limits: RestartLimits, *, stoppin
         return Verdict(Decision.DONE, history, 0.0, how)
     if stopping:
         return Verdict(Decision.STOPPED, history, 0.0, f"{how} after being asked to stop")
+    if ended.hopeless:
+        return Verdict(Decision.GIVE_UP, history, 0.0, f"{how}; a restart cannot mend that ({ended.hopeless})")
     if ended.ran_s >= limits.healthy_s:
         history = replace(history, used=0)
     if history.used >= limits.max_restarts:

@@ -50,9 +50,16 @@ _SERVING = re.compile(rb"\bserving\b.*\baddress=(\S+)")
 
 _OF_OTHER_JOBS = frozenset(
     "PARAMESH_" + name
-    for name in ("COORDINATOR", "JOB", "SLOT", "HOST", "HOST_INCARNATION", "LOCAL_RANK", "RANK", "RESTART")
+    for name in (
+        *("COORDINATOR", "JOB", "SLOT", "HOST", "HOST_INCARNATION", "LOCAL_RANK", "RANK", "RESTART"),
+        "ERROR_FILE",
+    )
 )
 """Variables that an outer job may have set for its own workers; they must not reach this cluster."""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 class ChildFailed(Exception):
@@ -180,12 +187,12 @@ class LocalCluster:
         self._say("starting the coordinator")
         await self.start_coordinator()
         address = await self.coordinator.ready(COORDINATOR_READY_S)
-        self._say(f"starting {len(self.servers)} servers")
+        self._say(f"starting {_count(len(self.servers), 'server')}")
         for server in self.servers:
             flags = ["--coordinator", address, "--job", JOB, "--name", server.name, "--bind", "127.0.0.1:0"]
             await self._spawn(server, ["-m", "paramesh_server.cli", *flags], server.sink)
         await asyncio.gather(*(server.ready(SERVER_READY_S) for server in self.servers))
-        self._say(f"starting {self._config.workers} workers")
+        self._say(f"starting {_count(self._config.workers, 'worker')}")
         self.events, events_fd = os.pipe()
         try:
             await self._start_workers(address, events_fd)

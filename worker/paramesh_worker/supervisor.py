@@ -29,10 +29,12 @@ from paramesh.errors import refuse
 from .command import Command
 from .config import WorkerConfig
 from .environment import Place, child_environment, wants_one_thread
+from .last_words import LastWords
 from .membership import REPORT_PATIENCE_S, CoordinatorLink
 from .output import Printer
 from .processes import Nursery, Process
 from .restarts import Decision, Ended, RestartLimits, SlotHistory, Verdict, decide
+from .stops import STOPPED_EXIT_CODE, watch_for_stops
 
 __all__ = ["Supervisor", "host_id", "shell_code"]
 
@@ -80,6 +82,7 @@ class Supervisor:
         )
         self._logs: list[BinaryIO] = []
         """One open file per slot when there is a log folder, else empty."""
+        self._words = [LastWords(f"paramesh-worker-{index}") for index in range(config.nproc)]
         self._stopping = asyncio.Event()
         """Set once, when the processes are to end: a signal came or a slot failed for good."""
         self._killing = asyncio.Event()
@@ -117,6 +120,8 @@ class Supervisor:
             await self._link.close()
             for file in self._logs:
                 file.close()
+            for words in self._words:
+                words.close()
 
     async def _register(self) -> bool:
         """Register; False if a signal came first."""
@@ -149,8 +154,8 @@ class Supervisor:
         history = SlotHistory()
         while not self._stopping.is_set():
             process = await self._start(nursery, index, history)
-            exit_code = await process.exited()
-            ended = Ended(exit_code, time.monotonic() - process.started)
+            exit_code = await self._end_of(process, index)
+            ended = Ended(exit_code, time.monotonic() - process.started, self._words[index].read(process.pid))
             # Before anything else: the other workers' current step waits for this.
             patience_s = STOPPING_REPORT_S if self._stopping.is_set() else REPORT_PATIENCE_S
             await self._link.report_exit(self._slot(index), exit_code, patience_s)
@@ -170,6 +175,22 @@ class Supervisor:
                     await self._stopping.wait()
         return Decision.STOPPED
 
+    async def _end_of(self, process: Process, index: int) -> int:
+        """Wait for a process's end; tell the coordinator meanwhile when it is stopped, as that looks like health."""
+        slot = self._slot(index)
+
+        async def report(patience_s: float) -> bool:
+            said = await self._link.report_exit(slot, STOPPED_EXIT_CODE, patience_s, quietly=True)
+            if said:
+                log.warning("worker %d (%s) is stopped (SIGSTOP); the others go on without it", index, slot)
+            return said
+
+        watching = asyncio.create_task(watch_for_stops(process.pid, self._link.failure_timeout_s, report))
+        try:
+            return await process.exited()
+        finally:
+            watching.cancel()
+
     async def _start(self, nursery: Nursery, index: int, history: SlotHistory) -> Process:
         place = Place(
             coordinator=self._config.coordinator,
@@ -178,7 +199,9 @@ class Supervisor:
             host_incarnation=self._incarnation,
             local_rank=index,
             restart=history.total,
+            error_file=self._words[index].path,
         )
+        self._words[index].forget()
 
         async def sink(stream: int, lines: list[bytes]) -> None:
             await self._show(index, stream, lines)

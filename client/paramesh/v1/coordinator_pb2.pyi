@@ -333,7 +333,9 @@ class ReportExitRequest(google.protobuf.message.Message):
     slot: builtins.str
     """slot is the client's, when kind is CLIENT."""
     exit_code: builtins.int
-    """exit_code as Python's returncode: negative for a signal."""
+    """exit_code as Python's returncode: negative for a signal. Two values that no process can end with say more:
+    256, it ended and its code is not known; minus SIGSTOP (-19 on Linux), it is stopped and does not run.
+    """
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
     def __init__(

@@ -83,6 +83,9 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_DEADLINE: _Reason.ValueType  # 53
     REASON_INTERNAL: _Reason.ValueType  # 54
     REASON_STATE_TOO_LARGE: _Reason.ValueType  # 55
+    REASON_FLOOR: _Reason.ValueType  # 56
+    REASON_SAMPLE_RANGE: _Reason.ValueType  # 57
+    REASON_SAMPLE_OUT_OF_RANGE: _Reason.ValueType  # 58
     REASON_LOG_GAP: _Reason.ValueType  # 60
     """Replication, between servers."""
     REASON_DIVERGED: _Reason.ValueType  # 61
@@ -154,6 +157,9 @@ REASON_UNIMPLEMENTED: Reason.ValueType  # 52
 REASON_DEADLINE: Reason.ValueType  # 53
 REASON_INTERNAL: Reason.ValueType  # 54
 REASON_STATE_TOO_LARGE: Reason.ValueType  # 55
+REASON_FLOOR: Reason.ValueType  # 56
+REASON_SAMPLE_RANGE: Reason.ValueType  # 57
+REASON_SAMPLE_OUT_OF_RANGE: Reason.ValueType  # 58
 REASON_LOG_GAP: Reason.ValueType  # 60
 """Replication, between servers."""
 REASON_DIVERGED: Reason.ValueType  # 61

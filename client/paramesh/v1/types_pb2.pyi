@@ -5,7 +5,7 @@ Types that every service speaks: identity, schema, map, step records, frames.
 
 Rules of this folder (docs/decisions/0002): one folder = one package; a field's
 comment begins with its name; units are in names; zero means what the comment
-says; enum value 0 is always refused; numbers are never reused.
+says; enum value 0 is refused (but in NonFinite); numbers are never reused.
 """
 
 import builtins
@@ -99,6 +99,38 @@ CHECKSUM_KIND_CRC32C: ChecksumKind.ValueType  # 1
 CHECKSUM_KIND_CRC32: ChecksumKind.ValueType  # 2
 """CHECKSUM_KIND_CRC32 is zlib's, for machines without a crc32c library."""
 global___ChecksumKind = ChecksumKind
+
+class _NonFinite:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _NonFiniteEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_NonFinite.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    NON_FINITE_UNSPECIFIED: _NonFinite.ValueType  # 0
+    """NON_FINITE_UNSPECIFIED is the default: reject. The one enum of this package whose zero has a
+    meaning, so that schemas from before it keep their bytes and their digest. NON_FINITE, and
+    the sequence number is used up.
+    """
+    NON_FINITE_SKIP: _NonFinite.ValueType  # 1
+    """NON_FINITE_SKIP counts the update and leaves values and optimizer state untouched."""
+    NON_FINITE_ALLOW: _NonFinite.ValueType  # 2
+    """NON_FINITE_ALLOW applies it, as torch does."""
+
+class NonFinite(_NonFinite, metaclass=_NonFiniteEnumTypeWrapper):
+    """NonFinite is what becomes of a sequenced update that holds NaN or infinity. Workers judge by
+    the same policy before they send anything; a partition sees only its own part.
+    """
+
+NON_FINITE_UNSPECIFIED: NonFinite.ValueType  # 0
+"""NON_FINITE_UNSPECIFIED is the default: reject. The one enum of this package whose zero has a
+meaning, so that schemas from before it keep their bytes and their digest. NON_FINITE, and
+the sequence number is used up.
+"""
+NON_FINITE_SKIP: NonFinite.ValueType  # 1
+"""NON_FINITE_SKIP counts the update and leaves values and optimizer state untouched."""
+NON_FINITE_ALLOW: NonFinite.ValueType  # 2
+"""NON_FINITE_ALLOW applies it, as torch does."""
+global___NonFinite = NonFinite
 
 class _NodeState:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -358,6 +390,7 @@ class TableSpec(google.protobuf.message.Message):
     OPTIMIZER_FIELD_NUMBER: builtins.int
     PARTITION_BYTES_FIELD_NUMBER: builtins.int
     REPLICAS_FIELD_NUMBER: builtins.int
+    NON_FINITE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is unique in the job, [A-Za-z0-9_.:/-]{1,256}."""
     group: builtins.str
@@ -366,6 +399,10 @@ class TableSpec(google.protobuf.message.Message):
     """partition_bytes is the bound on one partition's values. Zero: 32 MiB."""
     replicas: builtins.int
     """replicas is how many copies each partition has. Zero: the job's default."""
+    non_finite: global___NonFinite.ValueType
+    """non_finite is the policy for NaN and infinity; part of the schema's digest. Zero: reject.
+    UNIMPLEMENTED if unknown.
+    """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorSpec]:
         """tensors are laid end to end in this order, each at a multiple of 64 elements."""
@@ -383,9 +420,10 @@ class TableSpec(google.protobuf.message.Message):
         optimizer: global___OptimizerSpec | None = ...,
         partition_bytes: builtins.int = ...,
         replicas: builtins.int = ...,
+        non_finite: global___NonFinite.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["group", b"group", "name", b"name", "optimizer", b"optimizer", "partition_bytes", b"partition_bytes", "replicas", b"replicas", "tensors", b"tensors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["group", b"group", "name", b"name", "non_finite", b"non_finite", "optimizer", b"optimizer", "partition_bytes", b"partition_bytes", "replicas", b"replicas", "tensors", b"tensors"]) -> None: ...
 
 global___TableSpec = TableSpec
 

@@ -5,7 +5,7 @@ Types that every service speaks: identity, schema, map, step records, frames.
 
 Rules of this folder (docs/decisions/0002): one folder = one package; a field's
 comment begins with its name; units are in names; zero means what the comment
-says; enum value 0 is always refused; numbers are never reused.
+says; enum value 0 is refused (but in NonFinite); numbers are never reused.
 """
 
 import abc

@@ -133,12 +133,13 @@ class PureClient:
         self.ledger = _Ledger(self.cluster, self)
         self.closed = False
         self.deregistered = False
+        self.spoiled = False
 
     @classmethod
     async def connect(cls, coordinators, **_):
         return cls.cluster.connect()
 
-    async def deregister(self):
+    async def deregister(self, timeout=3.0):
         self.deregistered = True
 
     async def close(self):

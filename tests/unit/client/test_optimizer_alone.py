@@ -308,6 +308,9 @@ def test_local_mode_takes_any_optimizer_but_lbfgs():
         {"sync_buffers": "sum"},
         {"partition_bytes": 1},
         {"staleness": True},
+        {"non_finite": "ignore"},
+        {"non_finite": None},
+        {"non_finite": 2},
     ],
     ids=str,
 )
@@ -316,6 +319,19 @@ def test_wrong_options_are_named(options):
     with pytest.raises(ConfigError) as caught:
         paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
     assert [*options][-1] in str(caught.value)
+
+
+@pytest.mark.parametrize("non_finite", ["reject", "skip", "allow"])
+def test_alone_a_gradient_that_is_not_finite_is_torchs_affair(non_finite):
+    model, plain = net(), net()
+    optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, non_finite=non_finite)
+    for each, stepped in ((model, optimizer), (plain, torch.optim.SGD(plain.parameters(), lr=0.1))):
+        for p in each.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        stepped.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.isnan(p).all()
+        assert torch.isnan(q).all()
 
 
 def test_wrong_arguments_are_named():

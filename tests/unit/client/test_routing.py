@@ -92,6 +92,26 @@ def test_digest_depends_on_what_must_be_equal_and_on_nothing_else():
     assert schema_digest(a) != schema_digest(b)
 
 
+def test_the_policy_for_nan_is_in_the_digest_and_its_default_keeps_older_ones():
+    a, b = spec(([2], pb.DTYPE_FLOAT32)), spec(([2], pb.DTYPE_FLOAT32))
+    assert schema_digest(a).hex() == "98904bbc873242b6f39830c40f80e0f8206f7d3f88bc20be653cb5d7b1a1b0c2"
+    digests = set()
+    for policy in pb.NonFinite.values():
+        b.non_finite = policy
+        validate_spec(b)
+        digests.add(schema_digest(b))
+    assert len(digests) == 3
+    assert schema_digest(a) in digests
+
+
+def test_an_unknown_policy_for_nan_is_refused():
+    unknown = spec(([2], pb.DTYPE_FLOAT32))
+    unknown.MergeFromString(b"\x38\x4d")  # non_finite = 77
+    with pytest.raises(ParameshError) as caught:
+        validate_spec(unknown)
+    assert caught.value.reason == "UNIMPLEMENTED"
+
+
 def test_a_lost_server_is_named_with_the_remedy():
     ref = pb.ReplicaRef(node="ps-1", incarnation=7)
     routes = Routes(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paramesh_coordinator.checkers import Liveness
+from paramesh_coordinator.checkers import DOUBT_TIMEOUTS, FRESH_BEATS, Liveness
 from paramesh_coordinator.state import NodeKey
 
 BEAT, TIMEOUT, CLIENT_TIMEOUT, TICK = 0.5, 2.0, 10.0, 0.1
@@ -17,16 +18,28 @@ LONE = NodeKey.client(7)
 class Clock:
     """Drives a Liveness: nodes beat every BEAT and echo, ticks come every TICK."""
 
-    def __init__(self, nodes: Iterable[NodeKey], first_nonce: int = 1000) -> None:
+    def __init__(
+        self, nodes: Iterable[NodeKey], first_nonce: int = 1000, remote: Iterable[NodeKey] | None = None
+    ) -> None:
+        """`remote`: who is on another machine than the coordinator; None: everybody."""
         self.now = 0.0
+        self.remote = set(nodes if remote is None else remote)
         self.liveness = Liveness(BEAT, TIMEOUT, CLIENT_TIMEOUT, 0.0, first_nonce)
         self.echo: dict[NodeKey, int] = {}
         self.dead: dict[NodeKey, float] = {}
         self.graces: list[str] = []
         self._next: dict[NodeKey, float] = {}
         for node in nodes:
-            self.liveness.track(node, 0.0)
-            self.echo[node], self._next[node] = 0, 0.0
+            self._watch(node)
+
+    def _watch(self, node: NodeKey) -> None:
+        self.liveness.track(node, self.now)
+        self.echo[node], self._next[node] = 0, self.now
+
+    def add(self, node: NodeKey) -> None:
+        """A remote node registers now."""
+        self.remote.add(node)
+        self._watch(node)
 
     def run(self, until: float, silent: Iterable[NodeKey] = (), deaf: Iterable[NodeKey] = ()) -> None:
         """Let time pass. `silent` do not beat; `deaf` beat but get no answer (a one-way cut)."""
@@ -36,7 +49,7 @@ class Clock:
                 if node in silent or due > self.now:
                     continue
                 self._next[node] = self.now + BEAT
-                nonce = self.liveness.beat(node, self.echo[node], self.now)
+                nonce = self.liveness.beat(node, self.echo[node], self.now, remote=node in self.remote)
                 if nonce is not None and node not in deaf:
                     self.echo[node] = nonce
             self.tick()
@@ -162,13 +175,85 @@ def test_after_a_pause_the_dead_get_one_timeout_of_grace() -> None:
     assert TIMEOUT < clock.dead[C] - woke <= TIMEOUT + 2 * TICK
 
 
-def test_a_coordinator_that_is_cut_off_declares_nobody_dead() -> None:
+@pytest.mark.parametrize("silent", [[B, C], [A, B, C]])
+def test_a_coordinator_that_is_cut_off_declares_nobody_dead(silent: list[NodeKey]) -> None:
+    """A is on its own machine: hearing it says nothing about the network."""
+    clock = Clock([A, B, C], remote=[B, C])
+    clock.run(10)
+    clock.run(70, silent=silent)
+    assert clock.dead == {}
+    assert f"only {3 - len(silent)} of 3" in clock.graces[-1]
+    clock.run(130)
+    assert clock.dead == {}
+
+
+FOREVER = 600.0
+BOUND = (DOUBT_TIMEOUTS + 1) * TIMEOUT + FRESH_BEATS * BEAT + 2 * TICK
+"""Seconds after which more than half of the nodes are dead, if somebody testifies that we are not cut off."""
+
+
+def test_when_more_than_half_are_gone_at_once_they_are_dead_in_the_end() -> None:
+    """A rack loses power: nobody reports their exits, and A, on a third machine, is heard all the time."""
     clock = Clock([A, B, C])
     clock.run(10)
-    clock.run(70, silent=[B, C])
+    clock.run(FOREVER, silent=[B, C])
+    assert set(clock.dead) == {B, C}
+    assert all(10 + DOUBT_TIMEOUTS * TIMEOUT < at <= 10 + BOUND for at in clock.dead.values())
+
+
+def test_on_one_machine_there_is_no_network_to_be_cut_off_from() -> None:
+    clock = Clock([A, B, C], remote=[])
+    clock.run(10)
+    clock.run(FOREVER, silent=[B, C])
+    assert set(clock.dead) == {B, C}
+
+
+def test_tools_that_were_killed_do_not_keep_a_dead_server_alive() -> None:
+    tools = [NodeKey.client(number) for number in range(20)]
+    clock = Clock([A, B, *tools])
+    clock.run(10)
+    clock.run(FOREVER, silent=[B, *tools])
+    assert set(clock.dead) == {B, *tools}
+
+
+def test_a_witness_must_be_heard_all_the_time() -> None:
+    """One that comes and goes shows a network that comes and goes."""
+    clock = Clock([A, B, C])
+    clock.run(10)
+    while clock.now < 200:
+        clock.run(clock.now + DOUBT_TIMEOUTS * TIMEOUT / 2, silent=[B, C])
+        clock.run(clock.now + 2 * BEAT, silent=[A, B, C])
     assert clock.dead == {}
-    assert "only 1 of 3" in clock.graces[-1]
-    clock.run(130)
+
+
+def test_a_pause_of_our_own_begins_the_doubt_anew() -> None:
+    clock = Clock([A, B, C])
+    clock.run(10)
+    clock.run(10 + DOUBT_TIMEOUTS * TIMEOUT, silent=[B, C])
+    clock.now += 5
+    clock.tick()
+    woke = clock.now
+    clock.run(FOREVER, silent=[B, C])
+    assert min(clock.dead.values()) > woke + DOUBT_TIMEOUTS * TIMEOUT
+
+
+def test_who_comes_while_all_others_are_gone_is_a_witness() -> None:
+    """All remote nodes died; a replacement registers: that, too, shows that the network is there."""
+    clock = Clock([A, B, C], remote=[B, C])
+    clock.run(10)
+    clock.run(100, silent=[B, C])
+    assert clock.dead == {}
+    newcomer = NodeKey("host", "new", 1)
+    clock.add(newcomer)
+    clock.run(100 + BOUND, silent=[B, C])
+    assert set(clock.dead) == {B, C}
+
+
+def test_those_who_are_heard_again_before_the_doubt_ends_live() -> None:
+    clock = Clock([A, B, C])
+    clock.run(10)
+    clock.run(10 + DOUBT_TIMEOUTS * TIMEOUT, silent=[B, C])
+    clock.run(FOREVER)
     assert clock.dead == {}
 
 

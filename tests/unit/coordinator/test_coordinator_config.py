@@ -85,14 +85,14 @@ def flags(app: object, command: str | None = None) -> set[str]:
     click = get_command(app)  # type: ignore[arg-type]
     if command is not None:
         click = click.commands[command]  # type: ignore[attr-defined]
-    return {option for param in click.params for option in param.opts if option != "--help"}
+    return {option for param in click.params for option in param.opts if option not in ("-h", "--help")}
 
 
 def test_the_flags_of_ps_coordinator_are_frozen() -> None:
     assert flags(cli.app) == {
         "--bind", "--state", "--ephemeral", "--job", "--start-workers", "--min-workers", "--min-servers", "--replicas",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
-        "--log-level",
+        "--log-level", "--version",
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
 def test_the_flags_of_psctl_are_frozen(command: str) -> None:
     expected = {"--coordinator", "--job", "--json", "--watch"} | ({"--limit"} if command == "events" else set())
     assert flags(psctl.app, command) == expected
-    assert flags(psctl.app) == {"--coordinator", "--job"}
+    assert flags(psctl.app) == {"--coordinator", "--job", "--version"}
     promote = {"partition", "server", "--accept-loss", "--coordinator", "--job", "--json"}
     assert flags(psctl.app, "promote") == promote
 
@@ -144,7 +144,7 @@ def test_a_file_of_another_job_is_refused(tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     text = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
-    for phrase in ("ps-server --coordinator", "again with the same --state", "Exit status 2"):
+    for phrase in ("ps-server --coordinator", "again with the same --state", "2 for a mistake"):
         assert phrase in text
 
 

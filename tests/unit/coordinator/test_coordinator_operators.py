@@ -129,6 +129,49 @@ def test_a_calm_cluster_has_nothing_pending(world: World) -> None:
 def test_operations_are_described_for_people(world: World) -> None:
     victim = kill(world, "h/0")
     (op,) = pending(world)
-    assert operators.describe(op) == f"evict client {victim} at the ledger: SIGKILL (exit report from host h)"
+    said = operators.describe(op, world.state)
+    assert said.startswith(f"evict client {victim} at the ledger: SIGKILL (exit report from host h); waits for ")
     many = OperationRow(1, Stage.FENCE, tuple(range(20)), "why", only="b")
-    assert operators.describe(many) == "fence client 0, 1, 2, 3, 4, 5, 6, 7 ... at b: why"
+    said = operators.describe(many, world.state)
+    assert said == "fence client 0, 1, 2, 3, 4, 5, 6, 7 ... at b: why; waits for b to confirm"
+
+
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        (None, "; waits for a, the ledger's server, to confirm"),
+        ("silence", "; waits for a, the ledger's server, to be heard again (silent for 2.1 s)"),
+        ("exit", "; waits for the ledger, which was lost with a (process ended: SIGKILL): start the job anew"),
+        ("goodbye", "; waits for the ledger, which was lost with a (shut down): start the job anew"),
+        ("successor", "; waits for the ledger, which was lost with a (replaced by incarnation 2): start the job anew"),
+    ],
+)
+def test_what_waits_says_what_for(world: World, end: str | None, text: str) -> None:
+    """Pending evictions of a ledger that is lost for good stay: an operator is to understand why."""
+    kill(world, "h/0")
+    if end == "silence":
+        world.do(lambda d: membership.silent(d, NodeKey("server", "a", 1), 2.1, 2.0))
+    elif end == "exit":
+        world.do(lambda d: membership.exit_of_server(d, Ref("a", 1), -9))
+    elif end == "goodbye":
+        world.do(lambda d: membership.server_left(d, Ref("a", 1)))
+    elif end == "successor":
+        world.server("a", 2, gone=True)
+    evict = next(op for op in pending(world) if op.stage is Stage.EVICT)
+    assert operators.describe(evict, world.state).endswith(text)
+
+
+def test_what_waits_for_the_first_ledger_says_so() -> None:
+    world = World(min_servers=2)
+    world.host("h")
+    kill(world, "h/0")
+    assert operators.describe(pending(world)[0], world.state).endswith(
+        "; waits for servers: the ledger has no place yet"
+    )
+
+
+def test_a_fence_names_the_servers_that_it_waits_for(world: World) -> None:
+    kill(world, "h/0")
+    (evict,) = calls(world)
+    world.do(lambda d: operators.confirm(d, evict))
+    assert operators.describe(pending(world)[0], world.state).endswith("; waits for a, b to confirm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as pb
@@ -126,10 +127,18 @@ def test_partitions_show_who_has_them() -> None:
 
 
 def test_an_event_is_one_line() -> None:
-    event = {"id": 5, "wall_time_ms": 0, "kind": "client_evicted", "subject": "h/0", "evidence": '{"why": "SIGKILL"}'}
+    event = {"id": 5, "wall_time_ms": 0, "kind": "client_evicted", "subject": "h/0", "evidence": {"why": "SIGKILL"}}
     line = display.draw_event(event).plain
     assert line.startswith("     5 19")
     assert line.endswith('client_evicted h/0  why="SIGKILL"')
+
+
+@pytest.mark.parametrize(
+    ("text", "evidence"),
+    [('{"why": "x"}', {"why": "x"}), ("not JSON", {"evidence": "not JSON"}), ("[1]", {"evidence": [1]})],
+)
+def test_evidence_is_an_object_whatever_came(text: str, evidence: dict[str, Any]) -> None:
+    assert inspection._evidence(text) == evidence
 
 
 def test_markup_in_names_is_not_obeyed() -> None:

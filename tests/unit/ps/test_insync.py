@@ -126,7 +126,9 @@ def test_a_silent_follower_leaves_and_until_the_map_says_so_it_is_waited_for() -
     p.appended(1, 10.0)
     assert p.wish(10.0 + SILENT_S - 0.01) is None
     wish = p.wish(10.0 + SILENT_S)
-    assert wish is not None and wish.isr == {ME} and "no acknowledgement from b" in wish.why
+    assert wish is not None
+    assert wish.isr == {ME}
+    assert "no acknowledgement from b" in wish.why
     assert (p.commit, p.waiting_for()) == (0, ["b"])
     p.follow(row(2, {ME}, set()), 13.0)
     assert p.commit == 1
@@ -163,7 +165,8 @@ def test_a_learner_is_asked_for_only_with_everything_released() -> None:
     assert p.wish(0.1) is None
     p.acked(C, JOIN_LAG + 10, 0.2)
     wish = p.wish(0.2)
-    assert wish is not None and wish.isr == {ME, C}
+    assert wish is not None
+    assert wish.isr == {ME, C}
     assert p.commit == JOIN_LAG + 10
 
 

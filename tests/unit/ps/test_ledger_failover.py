@@ -317,7 +317,7 @@ def test_a_follower_that_never_served_is_like_one_that_did() -> None:
     answers = []
     for ledger in (world.ledger, replayed, installed):
         for client in (1, 2):
-            request = lg.ReadyRequest(request=header(client), group=1, step=1, weight=1)
+            request = lg.ReadyRequest(request=header(client), group=1, step=1, weight=1, attempt=1)
             answer = ledger.ready(request, world.now)
         answers.append(answer)
     assert isinstance(answers[0], lg.ReadyResponse)

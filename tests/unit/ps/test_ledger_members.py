@@ -149,6 +149,14 @@ def test_min_workers_pauses_later_steps() -> None:
     assert world.decided(1, 1).included
 
 
+def test_when_the_last_worker_has_left_the_phase_says_so() -> None:
+    """Not "no workers", which a reader of a short run takes for a fault."""
+    world = World()
+    world.workers(1)
+    world.leave(1)
+    assert world.status().phase == "all workers have left"
+
+
 def test_status_lists_members_by_rank() -> None:
     world = World()
     world.join(5, "h/0", rank=1)

@@ -62,7 +62,7 @@ async def workers(served: LedgerService, count: int) -> None:
 def ready(
     served: LedgerService, client: int, step: int = 0, remaining: float | None = 60.0
 ) -> Awaitable[lg.ReadyResponse]:
-    request = lg.ReadyRequest(request=header("job", 1, client), group=1, step=step, weight=1)
+    request = lg.ReadyRequest(request=header("job", 1, client), group=1, step=step, attempt=1, weight=1)
     return asyncio.ensure_future(served.Ready(request, Context(remaining)))
 
 
@@ -263,7 +263,7 @@ async def test_a_wait_that_brings_its_own_end_about_is_not_slept_through() -> No
         return asyncio.ensure_future(served.Lease(request, Context()))
 
     last = await lease(1)
-    request = lg.ReadyRequest(request=header("job", 1, 1), group=1, weight=1, samples=last.leases)
+    request = lg.ReadyRequest(request=header("job", 1, 1), group=1, attempt=1, weight=1, samples=last.leases)
     step = asyncio.ensure_future(served.Ready(request, Context()))
     await until(lambda: sleeping(served) == 1)
     parked = lease(2, wait=True)

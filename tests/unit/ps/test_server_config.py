@@ -67,7 +67,7 @@ def test_the_flags_are_frozen() -> None:
     assert flags >= {
         "--coordinator", "--job", "--name", "--bind", "--control-bind", "--advertise", "--threads", "--staged-bytes",
         "--in-flight-bytes", "--capacity-bytes", "--metrics-port", "--replace", "--reflection", "--insecure",
-        "--log-level",
+        "--log-level", "--version",
     }  # fmt: skip
     assert "--heartbeat" not in flags
     assert "ps-server --coordinator 127.0.0.1:7070" in shown

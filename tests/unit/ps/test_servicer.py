@@ -394,7 +394,7 @@ def test_a_pull_waits_for_its_floor() -> None:
         [late] = await plane.pull(asked={"floor_lsn": 3, "floor_epoch": 1}, remaining=0.01)
         assert late.header.error.reason == "DEADLINE"
         [far] = await plane.pull(asked={"floor_lsn": 1 << 40, "floor_epoch": 1})
-        assert far.header.error.reason == "SEQ_TOO_FAR"
+        assert far.header.error.reason == "FLOOR"
 
     on_loop(test)
 

@@ -68,3 +68,26 @@ def test_a_script_must_exist(tmp_path: Path):
     (tmp_path / "__main__.py").touch()
     Command(str(script), (), False).check()
     Command(str(tmp_path), (), False).check()
+
+
+def test_a_script_that_is_no_python_is_refused_with_its_line(tmp_path: Path):
+    script = tmp_path / "t.py"
+    script.write_text("import os\nfor x in\n")
+    with pytest.raises(ConfigError, match=r"argument SCRIPT: .*t\.py:2: SyntaxError: invalid syntax"):
+        Command(str(script), (), False).check()
+    script.write_bytes(b"x = 1\0")
+    with pytest.raises(ConfigError, match=r"argument SCRIPT: .*t\.py"):
+        Command(str(script), (), False).check()
+    # What is not called .py may be an archive or compiled: Python decides.
+    odd = tmp_path / "odd"
+    odd.write_text("for x in\n")
+    Command(str(odd), (), False).check()
+
+
+def test_a_module_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="-m: there is no module 'no_such_package'"):
+        Command("no_such_package.train", (), True).check()
+    (tmp_path / "mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for module in ("mine", "json.tool", "sys", "paramesh_worker.cli"):
+        Command(module, (), True).check()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from paramesh_worker.restarts import Decision, Ended, RestartLimits, SlotHistory, decide, describe_exit
+from paramesh.errors import REASONS, Action
+from paramesh_worker import restarts
+from paramesh_worker.restarts import Decision, Ended, RestartLimits, SlotHistory, Words, decide, describe_exit
 
 LIMITS = RestartLimits(max_restarts=3, healthy_s=300.0, first_delay_s=0.5, longest_delay_s=10.0)
 
@@ -17,11 +19,39 @@ def test_exit_code_zero_is_done_also_while_stopping():
     assert judge(0, stopping=True).decision is Decision.DONE
 
 
-@pytest.mark.parametrize("exit_code", [1, 2, 127, -9, -11])
+@pytest.mark.parametrize("exit_code", [1, 3, 127, -9, -11])
 def test_an_abnormal_end_is_restarted(exit_code: int):
     verdict = judge(exit_code)
     assert verdict.decision is Decision.RESTART
     assert verdict.history == SlotHistory(used=1, total=1)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words", "why"),
+    [
+        (2, None, "code 2 stands for a wrong command line"),
+        (1, Words("PartitionOffline", "PARTITION_OFFLINE", "ps-0 is lost"), "PARTITION_OFFLINE: ps-0 is lost"),
+        (1, Words("ConfigError", "CONFIG", "PARAMESH_EVERY: is 0"), "CONFIG: PARAMESH_EVERY: is 0"),
+        (1, Words("SyntaxError", "", "invalid syntax", of_the_script=True), "SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_a_restart_cannot_mend_is_given_up_at_once_with_the_reason(exit_code, words, why):
+    verdict = decide(SlotHistory(), Ended(exit_code, 1.0, words), LIMITS, stopping=False)
+    assert verdict.decision is Decision.GIVE_UP
+    assert verdict.reason == f"exited with code {exit_code}; a restart cannot mend that ({why})"
+    assert verdict.history == SlotHistory()
+    assert decide(SlotHistory(), Ended(exit_code, 1.0, words), LIMITS, stopping=True).decision is Decision.STOPPED
+
+
+@pytest.mark.parametrize(
+    "words", [Words("RuntimeError", "", "out of memory"), Words("Unavailable", "UNREACHABLE", "no coordinator")]
+)
+def test_a_scripts_own_error_and_what_may_pass_are_restarted(words: Words):
+    assert decide(SlotHistory(), Ended(1, 1.0, words), LIMITS, stopping=False).decision is Decision.RESTART
+
+
+def test_no_reason_that_the_library_repeats_by_itself_is_hopeless():
+    assert {REASONS[reason].action for reason in restarts.HOPELESS} == {Action.RAISE}
 
 
 @pytest.mark.parametrize("exit_code", [1, -15, -2])
