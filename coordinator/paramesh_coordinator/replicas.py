@@ -63,11 +63,15 @@ def change_isr(draft: Draft, asking: Ref, wishes: Sequence[Wish]) -> list[int]:
         draft.effects += [Dropped(part.partition, ref) for ref in removed]
         kind = "isr_shrunk" if removed else "isr_grown" if added else "isr_kept"
         draft.audit(
-            kind, str(part.partition), primary=asking, isr=isr, why=wish.why[:200],
-            **{key: refs for key, refs in (("added", added), ("removed", removed)) if refs},
+            kind, str(part.partition), primary=str(asking), isr=_names(isr), why=wish.why[:200],
+            **{key: _names(refs) for key, refs in (("added", added), ("removed", removed)) if refs},
         )  # fmt: skip
         done.append(part.partition)
     return done
+
+
+def _names(refs: Iterable[Ref]) -> list[str]:
+    return [str(ref) for ref in refs]
 
 
 def _may(draft: Draft, part: PartitionRow, asking: Ref, wish: Wish, live: set[Ref]) -> bool:
@@ -221,7 +225,7 @@ def plan(draft: Draft) -> int:
     """
     settled = settle(draft)
     for partition, new in settled.promoted.items():
-        draft.audit("partition_promoted", str(partition), to=new, was=settled.before[partition])
+        draft.audit("partition_promoted", str(partition), to=str(new), was=str(settled.before[partition]))
     changes = plan_replicas(draft.rows(PartitionRow), draft.live_servers(), draft.senses)
     by_kind: dict[tuple[str, Ref], list[int]] = {}
     for change in changes:
@@ -277,5 +281,7 @@ def promote_with_loss(draft: Draft, partition: int, name: str) -> PartitionRow:
     row = promoted_row(row, target.ref)
     draft.put(row)
     operators.ask_again(draft, {target.ref})
-    draft.audit("replica_promoted", str(partition), to=target.ref, lost=lost, accept_loss=True, epoch=row.epoch)
+    draft.audit(
+        "replica_promoted", str(partition), to=str(target.ref), lost=_names(lost), accept_loss=True, epoch=row.epoch
+    )
     return row

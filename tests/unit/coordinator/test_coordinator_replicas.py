@@ -201,7 +201,7 @@ def test_who_was_held_back_goes_when_its_time_is_over() -> None:
     world.senses = Senses()
     world.plan()
     assert (world.row(1).state, world.row(1).epoch) == (PartitionState.ONLINE, 2)
-    assert evidence(world, "partition_promoted")["was"] == [one, 1]
+    assert evidence(world, "partition_promoted")["was"] == f"{one}#1"
 
 
 def test_the_very_primary_that_was_held_back_comes_back_at_once() -> None:
@@ -255,7 +255,7 @@ def test_a_learner_joins(learning: World) -> None:
     row = learning.row(1)
     assert (learning.sets(1), row.epoch) == (("ab", ""), before.epoch)
     assert row.version > before.version
-    assert evidence(learning, "isr_grown")["added"] == [["b", 1]]
+    assert evidence(learning, "isr_grown")["added"] == ["b#1"]
 
 
 def test_a_silent_follower_is_dropped(learning: World) -> None:
