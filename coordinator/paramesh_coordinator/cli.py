@@ -96,6 +96,12 @@ def run(
     replicas: Annotated[
         int, typer.Option(help="Copies of each partition, on different servers; 1 loses what a lost server held.")
     ] = DEFAULT.replicas,
+    min_isr: Annotated[
+        int,
+        typer.Option(
+            help="Writes wait while fewer copies are in sync. 1: a last copy goes on alone, shown as degraded."
+        ),
+    ] = DEFAULT.min_isr,
     heartbeat_interval: Annotated[
         float, _seconds("Seconds between beats; at most a quarter of --failure-timeout.")
     ] = DEFAULT.heartbeat_interval,
@@ -134,7 +140,7 @@ def run(
     try:
         config = CoordinatorConfig(
             bind=bind, state=_state(state, ephemeral), job=job, start_workers=start_workers, min_workers=min_workers,
-            min_servers=min_servers, replicas=replicas, heartbeat_interval=heartbeat_interval,
+            min_servers=min_servers, replicas=replicas, min_isr=min_isr, heartbeat_interval=heartbeat_interval,
             failure_timeout=failure_timeout, client_timeout=client_timeout,
             gather=gather, step_timeout=step_timeout, insecure=insecure,
         )  # fmt: skip

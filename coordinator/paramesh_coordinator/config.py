@@ -54,6 +54,9 @@ class CoordinatorConfig:
     """Copies of each partition, the ledger included; a table may say otherwise. With 2 a lost
     server costs nothing that was acknowledged, and every push is sent on to one follower."""
 
+    min_isr: int = 1
+    """Writes are refused, and repeated by clients, while fewer replicas are in sync."""
+
     heartbeat_interval: float = 0.5
     """Between two beats. Lower finds death sooner and costs one small message per node and beat."""
 
@@ -100,6 +103,8 @@ class CoordinatorConfig:
             raise _wrong("min_workers", f"is {self.min_workers}, above start_workers ({self.start_workers})")
         if not 1 <= self.replicas <= MAX_REPLICAS:
             raise _wrong("replicas", f"is {self.replicas}, and must be within 1 and {MAX_REPLICAS}")
+        if not 1 <= self.min_isr <= self.replicas:
+            raise _wrong("min_isr", f"is {self.min_isr}, and must be within 1 and replicas ({self.replicas})")
         self._check_times()
 
     def _check_times(self) -> None:

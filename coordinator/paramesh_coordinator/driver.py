@@ -59,6 +59,7 @@ def fresh_job(config: CoordinatorConfig) -> JobRow:
         gather_ms=round(config.gather * 1000),
         step_timeout_ms=round(config.step_timeout * 1000),
         push_timeout_ms=round(config.push_timeout * 1000),
+        min_isr=config.min_isr,
     )
 
 
@@ -277,5 +278,13 @@ class Driver:
     def settings_differ(self) -> list[str]:
         """Settings that the job agreed on at its start and this start's flags contradict."""
         mine, agreed = fresh_job(self.config), self.state.job
-        agreed_on = ("start_workers", "min_workers", "replicas", "gather_ms", "step_timeout_ms", "push_timeout_ms")
+        agreed_on = (
+            "start_workers",
+            "min_workers",
+            "replicas",
+            "min_isr",
+            "gather_ms",
+            "step_timeout_ms",
+            "push_timeout_ms",
+        )
         return [name for name in agreed_on if getattr(mine, name) != getattr(agreed, name)]

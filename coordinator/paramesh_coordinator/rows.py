@@ -113,6 +113,8 @@ class JobRow:
     gather_ms: int
     step_timeout_ms: int
     push_timeout_ms: int
+    min_isr: int = 1
+    """Writes are refused while a partition has fewer in-sync replicas."""
     generation: int = 1
     """Raised by a restore; requests of an older one are refused."""
     map_version: int = 0

@@ -327,6 +327,7 @@ def build_map(state: ClusterState, term: int) -> pb.PartitionMap:
             step_timeout_ms=job.step_timeout_ms,
             gather_ms=job.gather_ms,
             push_timeout_ms=job.push_timeout_ms,
+            min_isr=job.min_isr,
         ),
     )
 

@@ -31,6 +31,9 @@ from paramesh_server.shards import ARRIVAL_S, Slot
 
 log = logging.getLogger(__name__)
 
+READS = frozenset({"GetState", "GetSteps", "LedgerStatus"})
+"""Calls that never append a record."""
+
 
 class LedgerHost:
     """Holds a replica of the ledger while the map lists one here.
@@ -74,6 +77,7 @@ class LedgerHost:
             if self.slot is None:
                 self.slot = Slot(Replica(self.empty(routes, row.epoch), self._me), self._pool)
                 log.info("ledger=here primary=%s generation=%d", mine, routes.generation)
+            self.slot.min_isr = max(1, routes.map.config.min_isr)
             if await take_role(self.slot, row, mine=mine, dead=dead):
                 self._start(self.slot)
             elif self.slot.replica.role is not Role.PRIMARY:
@@ -134,8 +138,13 @@ class LedgerHost:
 
     async def _end_service(self) -> None:
         service, self._service = self._service, None
-        if service is not None:
-            await service.close()
+        if service is None:
+            return
+        await service.close()
+        if self.slot is not None:
+            machine = self.slot.replica.machine
+            assert isinstance(machine, LedgerMachine)
+            machine.forget_what_was_volatile()
 
     async def service(self) -> LedgerService:
         """The ledger, once it serves.
@@ -198,6 +207,9 @@ class LedgerHost:
 
     def _forward(self, method: str) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            return await getattr(await self.service(), method)(request, context)
+            service = await self.service()
+            if method not in READS and self.slot is not None:
+                self.slot.check_writable()
+            return await getattr(service, method)(request, context)
 
         return call

@@ -31,6 +31,7 @@ class LedgerMachine:
     id = 0
 
     def __init__(self, config: pb.JobConfig, epoch: int) -> None:
+        self._config = config
         self.ledger = Ledger(config)
         self.epoch = epoch
         self.log = Log()
@@ -71,6 +72,16 @@ class LedgerMachine:
         """
         self.ledger.install(state.ledger)
         self.log.reset(Position(state.lsn, state.epoch))
+
+    def forget_what_was_volatile(self) -> None:
+        """Keep the records' state only: this replica served, and follows from now on.
+
+        Readys, norms and waits of its time as primary must not meet those that come when it
+        is promoted again.
+        """
+        state = self.ledger.capture()
+        self.ledger = Ledger(self._config)
+        self.ledger.install(state)
 
     def close(self) -> None:
         """Nothing is held elsewhere."""

@@ -164,6 +164,7 @@ class Placement:
                 log.error("partition=%d cannot be made reason=%s: %s", row.id, error.reason, error)
                 self._shards.fail(row.id, error)
                 return
+        held.min_isr = max(1, self._config().min_isr)
         if await take_role(held, row, mine=self._is_mine(row), dead=self._dead()):
             await held.run(lambda: self._shards.fence_remembered(held.partition), inline=True)
         held.stir()
@@ -174,6 +175,10 @@ class Placement:
         slot = await self._ledger.follow(routes, row, mine=mine, listed=listed, dead=self._dead())
         if slot is not None:
             self._follow_up(slot)
+
+    def _config(self) -> pb.JobConfig:
+        routes = self._shards.routes
+        return pb.JobConfig() if routes is None else routes.map.config
 
     def _dead(self) -> frozenset[Ref]:
         routes = self._shards.routes

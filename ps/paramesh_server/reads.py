@@ -72,6 +72,8 @@ class Reads:
             return encoded
 
         def work() -> EncodedValues:
+            if held.partition.applied_step < request.step:
+                held.check_writable()
             held.partition.commit(request.committed)
             held.partition.check_step(request.step)
             return self._encode(held, kind)

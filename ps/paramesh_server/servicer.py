@@ -196,6 +196,7 @@ class DataPlane:
 
     async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Held, Outcome]:
         held = await self.find(incoming.first.partition, incoming.first.epoch)
+        held.check_writable()
         kind = incoming.first.WhichOneof("key")
         if kind == "staged":
             outcome = await self._stage(held, client, incoming)
@@ -243,6 +244,7 @@ class DataPlane:
         held = await self.find(first.partition, first.epoch)
         if incoming.error is not None:
             raise incoming.error
+        held.check_writable()
         writes = await held.compute(partial(writes_of, incoming))
         outcome = await held.lead(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
         return held, outcome

@@ -52,6 +52,8 @@ class Slot:
         self.replica = replica
         self.closed = False
         """It was given up: whoever found it before that is refused."""
+        self.min_isr = 1
+        """The job's: fewer in sync, and nothing is appended."""
         self._pool = pool
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -131,6 +133,20 @@ class Slot:
         """
         if self.replica.role is not Role.PRIMARY:
             raise refuse("NOT_PRIMARY", f"partition {self.number} has another primary now", partition=self.number)
+
+    def check_writable(self) -> None:
+        """Refuse what would append a record while too few replicas are in sync.
+
+        Raises:
+            Retryable: NOT_ENOUGH_REPLICAS.
+        """
+        there = len(self.replica.insync.isr)
+        if there < self.min_isr:
+            raise refuse(
+                "NOT_ENOUGH_REPLICAS",
+                f"partition {self.number} has {there} of at least {self.min_isr} replicas in sync; start a ps-server",
+                partition=self.number,
+            )
 
     def stir(self) -> None:
         """Something that others wait for may have moved: log, commit or role."""

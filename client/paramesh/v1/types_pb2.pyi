@@ -591,6 +591,7 @@ class JobConfig(google.protobuf.message.Message):
     STEP_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     GATHER_MS_FIELD_NUMBER: builtins.int
     PUSH_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    MIN_ISR_FIELD_NUMBER: builtins.int
     start_workers: builtins.int
     """start_workers holds step 0 until that many have joined. Zero is refused."""
     min_workers: builtins.int
@@ -605,6 +606,8 @@ class JobConfig(google.protobuf.message.Message):
     """
     push_timeout_ms: builtins.int
     """push_timeout_ms is after which the outcome of a push is unknown. Zero: 60 000."""
+    min_isr: builtins.int
+    """min_isr refuses writes (NOT_ENOUGH_REPLICAS) below that many in-sync replicas. Zero: 1."""
     def __init__(
         self,
         *,
@@ -614,8 +617,9 @@ class JobConfig(google.protobuf.message.Message):
         step_timeout_ms: builtins.int = ...,
         gather_ms: builtins.int = ...,
         push_timeout_ms: builtins.int = ...,
+        min_isr: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["gather_ms", b"gather_ms", "min_workers", b"min_workers", "push_timeout_ms", b"push_timeout_ms", "replicas", b"replicas", "start_workers", b"start_workers", "step_timeout_ms", b"step_timeout_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gather_ms", b"gather_ms", "min_isr", b"min_isr", "min_workers", b"min_workers", "push_timeout_ms", b"push_timeout_ms", "replicas", b"replicas", "start_workers", b"start_workers", "step_timeout_ms", b"step_timeout_ms"]) -> None: ...
 
 global___JobConfig = JobConfig
 
