@@ -293,9 +293,12 @@ class Routes:
         node = self._nodes.get((row.primary.node, row.primary.incarnation))
         table = next((t.name for t in self.map.tables if t.table_id == row.table_id), "ledger")
         why = (node.reason if node else "") or "it is gone"
+        others = sorted({ref.node for ref in row.isr} - {name})
+        held = f"the other complete copies were at {', '.join(others)}, which are lost too" if others else "it held"
+        held += " the only complete copy" if not others else ""
         return refuse(
             "PARTITION_OFFLINE",
-            f"server {name!r} is lost ({why}); it held the only copy of partition {row.id} of {table!r}. "
+            f"server {name!r} is lost ({why}); {held} (partition {row.id} of {table!r}). "
             "Start the cluster anew (a new --state file for ps-coordinator), and the job from its last checkpoint "
             "(paramesh.load) or from the start.",
             server=name,
