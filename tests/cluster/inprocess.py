@@ -58,14 +58,16 @@ class ThreadWorker(WorkerHandle):
 class InProcessCluster(ClusterHandle):
     """Coordinator and servers on the IO thread, workers in threads."""
 
-    def __init__(self, servers: int = 1, directory: Path | None = None, **job_config: Any) -> None:
-        super().__init__(servers, directory, **job_config)
+    def __init__(
+        self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any
+    ) -> None:
+        super().__init__(servers, directory, replicas, **job_config)
         self._temporary = tempfile.TemporaryDirectory(prefix="paramesh-test-")
         self.directory = directory or Path(self._temporary.name)
         self._cluster = testing.Cluster(
             servers=servers,
             directory=self.directory,
-            **{"start_workers": 1, **job_config},
+            **{"start_workers": 1, **self.job_config},
         )
 
     @property

@@ -1,0 +1,199 @@
+"""What workers do while servers are lost: training with known bits, and pushes that are counted.
+
+`train` has four tables on as many partitions and ends in the same bits however often a server
+is replaced. `push` gives one unit to one cell per push, so that the tables *are* the multiset
+of applied pushes: one that is lost or applied twice shows as a count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import paramesh
+import torch
+from paramesh import session as sessions
+from paramesh.client import Client
+from paramesh.encoded import Encoded
+from paramesh.errors import ParameshError
+from torch import nn
+
+from tests.cluster.bodies import digest
+from tests.cluster.desk import Desk
+
+CELLS = 64
+"""Per table; every pusher has `OWN` of them for itself."""
+
+OWN = 16
+
+TICK = 0.02
+"""Seconds between two looks of a waiting coroutine: the poll of `waiting.py`, on an event loop."""
+
+
+def train(desk: Desk) -> None:
+    """Classify 8x8 images; every bit of the result follows from the arguments and the number of workers.
+
+    Args on the desk (with defaults): epochs 2, seconds 0 (of computing per step), mode "sync",
+    every 2 (mode "local"), half_at (a step whose pull is let through to some partitions only;
+    it waits for the gate "go" before the others; `spared` are those that wait).
+    """
+    args = {"epochs": 2, "seconds": 0.0, "mode": "sync", "every": 2, **desk.args}
+    torch.manual_seed(5)
+    layers = [nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32), nn.Linear(32, 10)]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(320, 64, generator=draw), torch.randint(0, 10, (320,), generator=draw)
+    loader = paramesh.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True, seed=1)
+    extra: dict[str, Any] = {"every": args["every"]} if args["mode"] == "local" else {}
+    groups = [{"params": list(layer.parameters())} for layer in layers]
+    optimizer = paramesh.DistributedOptimizer(torch.optim.Adam(groups, lr=1e-2), model, mode=args["mode"], **extra)
+    if "half_at" in args:
+        _pull_in_halves(desk, args["half_at"], set(args["spared"]))
+    steps = 0
+    for _epoch in paramesh.epochs(args["epochs"]):
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            time.sleep(args["seconds"])  # stands for computing
+            if steps == args.get("wait_at") and args.get("waiter", desk.index) == desk.index:
+                desk.emit("waiting", step=steps)
+                desk.gate("go")
+            desk.emit("begin", step=steps + 1)
+            optimizer.step()
+            steps += 1
+            desk.emit("step", step=steps)
+    desk.emit("final", steps=steps, digest=digest(model))
+
+
+def _pull_in_halves(desk: Desk, step: int, later: set[int]) -> None:
+    """Let the pull after `step` reach all partitions but `later`, and those when the gate opens."""
+    session = sessions.current()
+    assert session is not None
+    client, whole = session.client, session.client.pull
+
+    async def pull(partitions: Any, sink: Any, **how: Any) -> Any:
+        first = [p for p in partitions if p not in later]
+        if how.get("step") != step + 1 or len(first) == len(list(partitions)):
+            return await whole(partitions, sink, **how)
+        headers = await whole(first, sink, **how)
+        desk.emit("halfway", step=step)
+        while not desk.is_open("go"):
+            await asyncio.sleep(TICK)
+        return {**headers, **await whole([p for p in partitions if p in later], sink, **how)}
+
+    client.pull = pull
+
+
+def one_unit(partition: int, cell: int) -> dict[int, Encoded]:
+    """The gradient that adds one to a cell, with SGD at lr 1."""
+    gradient = torch.zeros(CELLS, dtype=torch.float64)
+    gradient[cell] = -1.0
+    return {partition: Encoded.from_parts(partition, b"", [(0, gradient.numpy().data.cast("B"))])}
+
+
+def make_counters(client: Client, tables: int) -> None:
+    """Tables of counts, one partition each."""
+    for number in range(tables):
+        client.create_table(f"t{number}", {"w": torch.zeros(CELLS, dtype=torch.float64)}, "SGD", {"lr": 1.0})
+
+
+def push(desk: Desk) -> None:
+    """Push one unit after the other to every table, one pusher and one reader per partition, until "stop".
+
+    Args on the desk: pace 0.005 (seconds between a partition's pushes).
+
+    Emits: "running" when every partition has acknowledged; "epoch" at the first acknowledgement
+    under each epoch (partition, epoch, began, gap: seconds since the one before); "stall" for
+    every other gap above 0.25 s; "below" for a read that lacks what was acknowledged to this
+    client; "failed"; at the end "acked", the counts by partition.
+    """
+    with paramesh.connect(os.environ["PARAMESH_COORDINATOR"]) as client:
+        names = client.tables()
+        partitions = [client._client.routes.partitions_of(name)[0] for name in names]
+        pushers = {p: _Pusher(desk, client, p) for p in partitions}
+        client._run(_push_all(desk, pushers), "the pushers")
+        desk.emit("acked", acked={p: one.acked for p, one in pushers.items()},
+                  duplicates=sum(one.duplicates for one in pushers.values()))  # fmt: skip
+
+
+async def _push_all(desk: Desk, pushers: Mapping[int, _Pusher]) -> None:
+    tasks = [asyncio.ensure_future(one.run()) for one in pushers.values()]
+    tasks += [asyncio.ensure_future(one.read()) for one in pushers.values()]
+    while not all(one.total or one.failed for one in pushers.values()):
+        await asyncio.sleep(TICK)
+    desk.emit("running", partitions=list(pushers))
+    while not desk.is_open("stop"):
+        await asyncio.sleep(TICK)
+    for one in pushers.values():
+        one.stopping = True
+    await asyncio.gather(*tasks)
+
+
+class _Pusher:
+    """Pushes to one partition and reads it."""
+
+    def __init__(self, desk: Desk, client: Client, partition: int) -> None:
+        self._desk = desk
+        self._client = client._client
+        self._partition = partition
+        self._floor = (0, 0)
+        self.acked = [0] * OWN
+        self.total = 0
+        self.duplicates = 0
+        self.failed = False
+        self.stopping = False
+
+    async def run(self) -> None:
+        """Push until told to stop, or until an error."""
+        last, epoch, pace = time.monotonic(), 0, self._desk.args.get("pace", 0.005)
+        while not self.stopping and not self.failed:
+            cell = self.total % OWN
+            began = time.monotonic()
+            try:
+                answer = await self._client.push_sequenced(one_unit(self._partition, self._desk.index * OWN + cell))
+            except ParameshError as error:
+                self._fail(error, last)
+                return
+            outcome, now = answer[self._partition], time.monotonic()
+            self.acked[cell] += 1
+            self.total += 1
+            self.duplicates += outcome.duplicate
+            self._floor = max(self._floor, (outcome.epoch, outcome.lsn))
+            if outcome.epoch != epoch:
+                self._emit("epoch", epoch=outcome.epoch, before=epoch, began=began, gap=now - last)
+            elif now - last > 0.25:
+                self._emit("stall", epoch=epoch, began=began, gap=now - last)
+            last, epoch = now, outcome.epoch
+            await asyncio.sleep(pace)
+
+    def _fail(self, error: ParameshError, last: float) -> None:
+        self.failed = True
+        gap = time.monotonic() - last
+        self._emit("failed", reason=error.reason, message=str(error), metadata=error.metadata, gap=gap)
+
+    def _emit(self, kind: str, **data: Any) -> None:
+        self._desk.emit(kind, partition=self._partition, **data)
+
+    async def read(self) -> None:
+        """Read again and again: never less than what was acknowledged to this client before (invariant 13)."""
+        own = slice(self._desk.index * OWN, (self._desk.index + 1) * OWN)
+        while not self.stopping and not self.failed:
+            values = bytearray(CELLS * 8)
+            floor, acked = self._floor, list(self.acked)
+
+            def sink(_partition: int, head: Any, payload: memoryview, into: bytearray = values) -> None:
+                into[head.frame.offset : head.frame.offset + head.frame.length] = payload
+
+            try:
+                headers = await self._client.pull([self._partition], sink, floors={self._partition: floor})
+            except ParameshError as error:
+                self._emit("read_failed", reason=error.reason, message=str(error))
+                return
+            header, seen = headers[self._partition], torch.frombuffer(values, dtype=torch.float64)[own].tolist()
+            if (header.epoch, header.lsn) < floor or any(s < a for s, a in zip(seen, acked, strict=True)):
+                self._emit("below", floor=floor, at=(header.epoch, header.lsn), seen=seen, acked=acked)
+            self._floor = max(self._floor, (header.epoch, header.lsn))
+            await asyncio.sleep(0.05)

@@ -1,0 +1,130 @@
+"""What tests of replication ask of a cluster: who leads, who is in sync, and whether all counts are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import paramesh
+from paramesh.v1 import types_pb2 as pb
+
+from tests.cluster import inspection
+from tests.cluster.handle import ClusterHandle, WorkerHandle
+from tests.cluster.replica_bodies import OWN, make_counters
+
+TRAIN = "tests.cluster.replica_bodies:train"
+PUSH = "tests.cluster.replica_bodies:push"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One partition of the map."""
+
+    id: int
+    primary: str
+    isr: tuple[str, ...]
+    learners: tuple[str, ...]
+    epoch: int
+    online: bool
+
+    @property
+    def followers(self) -> list[str]:
+        """In sync, and not the primary."""
+        return [name for name in self.isr if name != self.primary]
+
+
+def rows(cluster: ClusterHandle) -> dict[int, Row]:
+    """The map's partitions, by number."""
+    return {
+        p.id: Row(
+            p.id, p.primary.node, tuple(r.node for r in p.isr), tuple(r.node for r in p.learners),
+            p.epoch, p.state != pb.PARTITION_STATE_OFFLINE,
+        )
+        for p in inspection.partition_map(cluster.coordinator_address).partitions
+    }  # fmt: skip
+
+
+def wait_until_in_sync(cluster: ClusterHandle, replicas: int, deadline: float = 60.0) -> dict[int, Row]:
+    """Wait until every partition has all its replicas in sync; the rows then."""
+
+    def full() -> dict[int, Row] | None:
+        found = rows(cluster)
+        return found if all(len(row.isr) >= replicas and row.online for row in found.values()) else None
+
+    found = cluster.wait_until(full, deadline, f"every partition to have {replicas} replicas in sync")
+    assert found is not None
+    return found
+
+
+def start_pushers(cluster: ClusterHandle, count: int = 2, tables: int = 6, **args: Any) -> list[WorkerHandle]:
+    """Tables of counts, and workers that push to all of them; returns when all are acknowledged."""
+    with paramesh.connect(cluster.coordinator_address) as client:
+        make_counters(client, tables)
+    pushers = [cluster.start_worker(PUSH, supervised=False, **args) for _ in range(count)]
+    cluster.wait_until(lambda: all(w.events("running") for w in pushers), 60, "every partition to acknowledge")
+    return pushers
+
+
+def stop_pushers(cluster: ClusterHandle, pushers: list[WorkerHandle], deadline: float = 60.0) -> None:
+    """Let them finish what is under way."""
+    for pusher in pushers:
+        pusher.open_gate("stop")
+    cluster.wait_until(lambda: all(w.events("acked") for w in pushers), deadline, "the pushers to stop")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Acknowledged pushes against the tables."""
+
+    acked: int
+    lost: int
+    duplicated: int
+    below: int
+    """Reads that lacked what had been acknowledged to their client."""
+
+    def assert_exact(self) -> None:
+        """Nothing lost, nothing twice, nobody read its own past."""
+        assert self.acked > 0
+        assert (self.lost, self.duplicated, self.below) == (0, 0, 0), self
+
+
+def account(cluster: ClusterHandle, pushers: list[WorkerHandle]) -> Account:
+    """Compare every cell with what was acknowledged to its pusher; the pushers have stopped."""
+    acked = lost = duplicated = 0
+    with paramesh.connect(cluster.coordinator_address) as client:
+        for name in client.tables():
+            partition = client._client.routes.partitions_of(name)[0]
+            values = client.pull(name)["w"].tolist()
+            for pusher in pushers:
+                counts = pusher.last("acked")["acked"][str(partition)]
+                for cell, count in enumerate(counts):
+                    found = int(values[pusher.index * OWN + cell])
+                    acked += count
+                    lost += max(0, count - found)
+                    duplicated += max(0, found - count)
+    return Account(acked, lost, duplicated, sum(len(w.events("below")) for w in pushers))
+
+
+def recoveries(pushers: list[WorkerHandle], before: dict[int, Row], partitions: list[int]) -> dict[int, dict[str, Any]]:
+    """Of each partition, the latest first acknowledgement by any pusher under an epoch above the one before.
+
+    Returns:
+        The events; empty for as long as one is missing.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for partition in partitions:
+        for pusher in pushers:
+            later = [
+                e for e in pusher.events("epoch")
+                if e["partition"] == partition and e["epoch"] > before[partition].epoch
+            ]  # fmt: skip
+            if not later:
+                return {}
+            if partition not in found or later[0]["t"] > found[partition]["t"]:
+                found[partition] = later[0]
+    return found
+
+
+def led_by(found: dict[int, Row], server: str, *, ledger: bool = False) -> list[int]:
+    """Partitions whose primary a server is."""
+    return [p for p, row in found.items() if row.primary == server and (p or ledger)]
