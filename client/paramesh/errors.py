@@ -230,6 +230,7 @@ REASONS: dict[str, Reason] = {
     ),
     "PATH": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a path leaves its root or cannot be used"),
     "FORMAT": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "not a format that is read here"),
+    "DAMAGED": _row(DATA_LOSS, Action.RAISE, RequestRefused, "a stored file is not what was written"),
     "NOT_FOUND": _row(NOT_FOUND, Action.RAISE, StateRefused, "not there"),
     "UNIMPLEMENTED": _row(UNIMPLEMENTED, Action.RAISE, RequestRefused, "this release does not have it"),
     "DEADLINE": _row(DEADLINE_EXCEEDED, Action.RAISE, Timeout, "a deadline passed"),

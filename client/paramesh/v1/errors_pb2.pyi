@@ -89,6 +89,8 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_LOG_GAP: _Reason.ValueType  # 60
     """Replication, between servers."""
     REASON_DIVERGED: _Reason.ValueType  # 61
+    REASON_DAMAGED: _Reason.ValueType  # 62
+    """Checkpoints."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Reason is the machine key of an error, carried by name (without the prefix) in
@@ -163,4 +165,6 @@ REASON_SAMPLE_OUT_OF_RANGE: Reason.ValueType  # 58
 REASON_LOG_GAP: Reason.ValueType  # 60
 """Replication, between servers."""
 REASON_DIVERGED: Reason.ValueType  # 61
+REASON_DAMAGED: Reason.ValueType  # 62
+"""Checkpoints."""
 global___Reason = Reason

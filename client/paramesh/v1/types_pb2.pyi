@@ -166,6 +166,8 @@ class _PartitionStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     """PARTITION_STATE_DEGRADED has fewer in-sync replicas than asked for."""
     PARTITION_STATE_OFFLINE: _PartitionState.ValueType  # 3
     """PARTITION_STATE_OFFLINE has no live in-sync replica: PARTITION_OFFLINE."""
+    PARTITION_STATE_RESTORING: _PartitionState.ValueType  # 4
+    """PARTITION_STATE_RESTORING is being loaded from a checkpoint by its primary: NOT_READY."""
 
 class PartitionState(_PartitionState, metaclass=_PartitionStateEnumTypeWrapper):
     """PartitionState is whether a partition can acknowledge."""
@@ -176,6 +178,8 @@ PARTITION_STATE_DEGRADED: PartitionState.ValueType  # 2
 """PARTITION_STATE_DEGRADED has fewer in-sync replicas than asked for."""
 PARTITION_STATE_OFFLINE: PartitionState.ValueType  # 3
 """PARTITION_STATE_OFFLINE has no live in-sync replica: PARTITION_OFFLINE."""
+PARTITION_STATE_RESTORING: PartitionState.ValueType  # 4
+"""PARTITION_STATE_RESTORING is being loaded from a checkpoint by its primary: NOT_READY."""
 global___PartitionState = PartitionState
 
 class _LossReduction:
