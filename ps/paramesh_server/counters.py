@@ -22,5 +22,7 @@ class Counters:
     """How often values were encoded; pulls of one state share one."""
     refused: Counter[str] = field(default_factory=Counter)
     """Reason -> refusals, of whole calls and of single partitions."""
+    diverged: int = 0
+    """Replicas here whose state was found to differ from their primary's."""
     in_flight: int = 0
     """Bytes of pushes whose last frame has not come yet."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from paramesh.channel import check_header, grpc
 from paramesh.errors import ParameshError, refuse
@@ -18,6 +18,7 @@ from paramesh.framing import Framed, decode, verify
 from paramesh.status import detail_of
 from paramesh.v1 import replication_pb2 as rp
 
+from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.log import Position, record_of
 from paramesh_server.replica import Machine
@@ -32,6 +33,11 @@ SERVICE = "paramesh.v1.Replication"
 MAX_RECORD_BYTES = 1 << 30
 """A record above this is refused before it is gathered: partitions are 32 MiB by default."""
 
+WATCH_S = 60.0
+"""Seconds of one wait for a record; nothing depends on it."""
+
+T = TypeVar("T")
+
 Find = Callable[[int], Any]
 """Partition -> awaitable of its slot here, or None if the map lists none."""
 
@@ -45,11 +51,19 @@ class Inbound:
         me: this process.
         find: the replica of a partition, once it is made.
         fresh: makes an empty state for a partition that a snapshot replaces.
+        counters: what is counted.
     """
 
     def __init__(
-        self, job: str, generation: Callable[[], int], me: Ref, find: Find, fresh: Callable[[int], Any]
+        self,
+        job: str,
+        generation: Callable[[], int],
+        me: Ref,
+        find: Find,
+        fresh: Callable[[int], Any],
+        counters: Counters,
     ) -> None:
+        self._counters = counters
         self._job = job
         self._generation = generation
         self._me = me
@@ -86,7 +100,7 @@ class Inbound:
             slot = await self._slot(first)
             log.info("following partition=%d primary=%s epoch=%d", number, first.primary.node, first.epoch)
             yield self._position(slot)
-            async for head, payload in _records(stream):
+            async for head, payload in _until_diverged(slot, _records(stream)):
                 if await self._take(slot, head, payload):
                     yield self._position(slot)
         except StopAsyncIteration:
@@ -119,7 +133,9 @@ class Inbound:
             while slot.replica.due:
                 await slot.run(slot.replica.apply)
         except ParameshError as error:
+            slot.stir()
             if error.reason != "NOT_PRIMARY":  # given up meanwhile
+                self._counters.diverged += 1
                 log.error("partition=%d diverged reason=%s: %s", slot.number, error.reason, error)
 
     def _position(self, slot: Slot) -> rp.AppendResponse:
@@ -171,6 +187,30 @@ class Inbound:
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+async def _until_diverged(slot: Slot, records: AsyncIterator[T]) -> AsyncIterator[T]:
+    """What comes, until applying finds that this state is not the primary's: then nothing more helps.
+
+    Raises:
+        StateRefused: DIVERGED.
+    """
+    coming = asyncio.ensure_future(anext(records))
+    try:
+        while True:
+            if slot.replica.diverged:
+                raise refuse("DIVERGED", f"partition {slot.number} has another state here than at its primary")
+            stirred = asyncio.ensure_future(slot.stirred(WATCH_S))
+            await asyncio.wait({coming, stirred}, return_when=asyncio.FIRST_COMPLETED)
+            stirred.cancel()
+            if coming.done() and not slot.replica.diverged:
+                try:
+                    yield coming.result()
+                except StopAsyncIteration:
+                    return
+                coming = asyncio.ensure_future(anext(records))
+    finally:
+        coming.cancel()
 
 
 async def _records(

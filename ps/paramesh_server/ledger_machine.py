@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from paramesh.errors import refuse
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 
@@ -46,11 +47,13 @@ class LedgerMachine:
         """Apply a committed record.
 
         Raises:
-            ParameshError: FORMAT.
+            ParameshError: FORMAT; DIVERGED: a MARK says that the primary's state is another.
             ValueError: it does not follow the last one.
         """
         if record.body.WhichOneof("body") == "ledger":
             self.ledger.replay([decode_record(record.body.ledger)])
+        elif record.header.kind == rp.RECORD_KIND_MARK:
+            self._check_mark(record)
         self.log.adopt(record)
         self.epoch = max(self.epoch, record.header.epoch)
 
@@ -59,6 +62,21 @@ class LedgerMachine:
         if epoch > self.epoch:
             self.epoch = epoch
             self.log.append(rp.RECORD_KIND_EPOCH, epoch=epoch)
+
+    def mark(self) -> int:
+        """Append a MARK that carries the state's checksum; its lsn."""
+        checksum = zlib.crc32(self.ledger.capture())
+        return self.log.append(rp.RECORD_KIND_MARK, epoch=self.epoch, checksum=checksum).lsn
+
+    def _check_mark(self, record: Record) -> None:
+        mine = zlib.crc32(self.ledger.capture())
+        if mine != record.header.checksum:
+            raise refuse(
+                "DIVERGED",
+                f"the ledger at record {record.header.lsn - 1} is {mine:08x} here and "
+                f"{record.header.checksum:08x} at the primary",
+                partition=0,
+            )
 
     def capture(self) -> rp.ReplicaState:
         """The whole state; there are no tensors."""

@@ -90,16 +90,18 @@ class Outbound:
         slot.replica.pins.pop(ref, None)
 
     async def _send(self, slot: Slot, ref: Ref) -> None:
-        backoff, told = Backoff(cap=1.0), ""
+        backoff, told, snapshot = Backoff(cap=1.0), "", False
         while slot.replica.role is Role.PRIMARY and not slot.closed:
-            stream = _Stream(self, slot, ref)
+            stream = _Stream(self, slot, ref, snapshot)
             try:
                 await stream.run()
+                snapshot = False
             except (ParameshError, grpc.RpcError, TimeoutError) as exc:
                 error = from_rpc_error(exc, ref.node) if isinstance(exc, grpc.RpcError) else exc
                 if str(error) != told:
                     log.info("replication partition=%d to=%s broke: %s", slot.number, ref.node, error)
                 told = str(error)
+                snapshot = isinstance(error, ParameshError) and error.reason == "DIVERGED"
             except asyncio.CancelledError:
                 raise
             except Exception:
@@ -140,7 +142,9 @@ class Outbound:
 class _Stream:
     """One try of one stream."""
 
-    def __init__(self, out: Outbound, slot: Slot, ref: Ref) -> None:
+    def __init__(self, out: Outbound, slot: Slot, ref: Ref, snapshot: bool) -> None:
+        self._snapshot = snapshot
+        """The follower said that its state is another: nothing but a snapshot helps."""
         self._out = out
         self._slot = slot
         self._ref = ref
@@ -197,6 +201,8 @@ class _Stream:
 
     def _start(self, answer: rp.AppendResponse) -> Position | None:
         """From where the tail is sent; None: it does not reach, a snapshot is needed."""
+        if self._snapshot:
+            return None
         at = Position(answer.acked_lsn, answer.acked_epoch)
         if self._log.holds(at) and self._log.after(at.lsn) is not None:
             return at

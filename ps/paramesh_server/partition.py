@@ -97,6 +97,8 @@ class Partition:
         """Training data came: first values are final."""
         self._torn = False
         """An optimizer step broke in its middle: nothing is served any more."""
+        self.on_cut: Callable[[Partition, str], None] | None = None
+        """Takes the cut of a checkpoint when the primary applies the step that carries its id."""
         self._norm: tuple[int, float] | None = None
         """(step, squared norm) of the step that is being clipped: every worker asks."""
 
@@ -219,6 +221,8 @@ class Partition:
         made = self._made(lambda: step_body(record, *summed, without=decided.without))
         self._append(rp.RECORD_KIND_STEP, made, step=record.step, checksum=checksum)
         self._stepped(record)
+        if record.checkpoint and self.on_cut is not None:
+            self.on_cut(self, record.checkpoint)
 
     def _stepped(self, record: pb.StepRecord) -> None:
         self._group, self._norm = record.group, None
@@ -249,6 +253,11 @@ class Partition:
             total = gradient.flat[: self.layout.nbytes].clone() if parts and keep else None
             self._step(settings, gradient.views, present if parts else None)
         return (present if parts else None), total
+
+    @property
+    def group(self) -> int:
+        """The ledger's number of the table's group; 0 before the first step."""
+        return self._group
 
     def _step(
         self, settings: dict[str, Setting], gradients: Sequence[torch.Tensor], present: Sequence[bool] | None
@@ -433,7 +442,7 @@ class Partition:
 
         Raises:
             ParameshError: PAYLOAD_SIZE, TENSOR_MISMATCH, HYPER_PARAMETER: the record does not
-                fit this state, so the two have diverged.
+                fit this state; DIVERGED: a MARK says that the primary's is another.
         """
         header, body = record.header, record.body.WhichOneof("body")
         if body == "push":
@@ -441,6 +450,8 @@ class Partition:
             self._apply_update(update, contribution)
             self.dedup.record(header.client_id, header.seq, Entry(contribution.digest, header.lsn))
             self.pushes += 1
+        elif header.kind == rp.RECORD_KIND_MARK:
+            self._check_mark(record)
         elif body == "noop":
             self.dedup.record(header.client_id, header.seq, read_noop(record))
         elif body == "decided":
@@ -452,6 +463,32 @@ class Partition:
             self.dedup.fence(header.client_id)
         self.log.adopt(record)
         self.epoch = max(self.epoch, header.epoch)
+
+    def mark(self) -> int:
+        """Append a MARK that carries the state's checksum, for followers to compare theirs with; its lsn.
+
+        crc32 over the tensors: what is looked for is arithmetic that differs or memory that rots,
+        not an adversary, and it runs under the partition's lock.
+        """
+        return self._append(rp.RECORD_KIND_MARK, checksum=self._state_checksum()).lsn
+
+    def _state_checksum(self) -> int:
+        value = zlib.crc32(repr((self.table_id, self.applied_step, self._init_attempt, self._trained)).encode())
+        for piece in self.dedup.canonical():
+            value = zlib.crc32(piece, value)
+        for part in cut_slots(self.layout, self.flat, self.optimizer):
+            value = zlib.crc32(part.data, zlib.crc32(f"{part.slot}/{part.segment}/{part.offset}".encode(), value))
+        return value
+
+    def _check_mark(self, record: Record) -> None:
+        mine = self._state_checksum()
+        if mine != record.header.checksum:
+            raise refuse(
+                "DIVERGED",
+                f"the state of partition {self.id} at record {record.header.lsn - 1} is {mine:08x} here and "
+                f"{record.header.checksum:08x} at the primary",
+                partition=self.id,
+            )
 
     def _replay_step(self, record: Record) -> None:
         decided, present, total = read_step(self.layout, record)

@@ -45,6 +45,9 @@ class Machine(Protocol):
     def raise_epoch(self, epoch: int) -> None:
         """Append the EPOCH record of a new primary."""
 
+    def mark(self) -> int:
+        """Append a MARK with the state's checksum; its lsn."""
+
     def capture(self) -> rp.ReplicaState:
         """The state but for its tensors."""
 
@@ -89,6 +92,8 @@ class Replica:
         self.insync = InSync(me)
         self.pins: dict[Ref, int] = {}
         """Followers that fetch a snapshot -> its number: what follows it is kept for them."""
+        self.diverged = False
+        """As follower: what it has applied is not what the primary has; only a snapshot mends it."""
         self._serves_from = 0
         """As primary: nothing is answered before this record, its own EPOCH, is committed."""
         self._tail: deque[Record] = deque()
@@ -190,9 +195,12 @@ class Replica:
         Raises:
             Retryable: STALE_EPOCH.
             ParameshError: LOG_GAP, if the record before is not here: send from an earlier one.
-            StateRefused: DIVERGED, if it would replace a record that is applied: send a snapshot.
+            StateRefused: DIVERGED, if it would replace a record that is applied, or the state is
+                not the primary's: send a snapshot.
         """
         self.greet(epoch)
+        if self.diverged:
+            raise refuse("DIVERGED", f"partition {self.machine.id} has another state here than at its primary")
         at = _at(record)
         with self._lock:
             if not self._has(at):
@@ -233,16 +241,22 @@ class Replica:
     def due(self) -> bool:
         """Whether a record may be applied."""
         with self._lock:
-            return self.role is Role.FOLLOWER and bool(self._tail) and self._tail[0].header.lsn <= self._commit
+            if self.diverged or self.role is not Role.FOLLOWER or not self._tail:
+                return False
+            return self._tail[0].header.lsn <= self._commit
 
     def apply(self) -> None:
         """Apply what is due.
 
         Raises:
-            ParameshError: a record does not fit the state: this replica has diverged.
+            ParameshError: a record does not fit the state, or a MARK does not: it has diverged.
         """
-        while self.due:
-            self._apply_first()
+        try:
+            while self.due:
+                self._apply_first()
+        except Exception:
+            self.diverged = True
+            raise
         self.trim()
 
     def _apply_first(self) -> None:
@@ -257,6 +271,7 @@ class Replica:
             old, self.machine = self.machine, machine
             self._tail.clear()
             self._commit = self._matched = machine.log.lsn
+            self.diverged = False
         old.close()
         machine.log.replicated = True
 

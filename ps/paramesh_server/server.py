@@ -35,6 +35,7 @@ from paramesh_server.counters import Counters
 from paramesh_server.inbound import Inbound
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
+from paramesh_server.marks import Marks
 from paramesh_server.metrics import serve_metrics
 from paramesh_server.outbound import Outbound
 from paramesh_server.placement import LEDGER, Placement
@@ -96,6 +97,7 @@ class ParameterServer:
             raise
         self._link.start_watch()
         self._wishes.start()
+        self._marks.start()
         await self._health_serving(True)
         log.info(
             "serving name=%s address=%s control=%s job=%s",
@@ -117,7 +119,8 @@ class ParameterServer:
         self._placement = Placement(
             me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
         )
-        self._inbound = Inbound(config.job, self._generation, ref, self._replica, self._empty)
+        self._inbound = Inbound(config.job, self._generation, ref, self._replica, self._empty, self.counters)
+        self._marks = Marks(self._slots)
         self._wishes = Wishes(config.job, self._generation, ref, self._link, self._slots)
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
@@ -242,6 +245,7 @@ class ParameterServer:
         await self._registration.stop(goodbye=goodbye)
         await asyncio.gather(self._data.stop(grace), self._control.stop(grace))
         await self._wishes.stop()
+        await self._marks.stop()
         await self._outbound.close()
         await self._placement.close()
         await self._link.close()

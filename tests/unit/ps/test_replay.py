@@ -90,11 +90,13 @@ class World:
                 primary.assign(9, self.assigns, self.values(seed))
             elif kind == "fence":
                 primary.fence(client + 10)
+            elif kind == "mark":
+                primary.mark()
             elif kind == "epoch":
                 primary.raise_epoch(primary.epoch + 1)
 
 
-ACTIONS = st.sampled_from(["step", "push", "push", "bad", "assign", "fence", "epoch"])
+ACTIONS = st.sampled_from(["step", "push", "push", "bad", "assign", "fence", "epoch", "mark"])
 
 
 @given(st.integers(0, len(SPECS) - 1), st.lists(st.tuples(ACTIONS, st.integers(0, 10_000)), max_size=25), st.data())
@@ -174,3 +176,28 @@ def test_kept_payloads_are_bounded_by_what_everybody_has(monkeypatch: pytest.Mon
     assert log.after(3) is not None  # above what everybody has, nothing goes, however much it is
     log.trim(log.lsn)
     assert [r.header.lsn for r in log.after(log.lsn - 2) or []] == [log.lsn - 1, log.lsn]
+
+
+def test_a_mark_finds_one_flipped_bit() -> None:
+    world = World(0)
+    world.act("first", 1)
+    world.act("step", 3)
+    catch_up(world.follower, world.primary)
+    world.follower.flat[17] ^= 1
+    world.primary.mark()
+    with pytest.raises(ParameshError) as caught:
+        catch_up(world.follower, world.primary)
+    assert caught.value.reason == "DIVERGED"
+
+
+@pytest.mark.parametrize("slot", ["exp_avg", "step"])
+def test_a_mark_looks_at_the_optimizer_too(slot: str) -> None:
+    world = World(0)
+    world.act("first", 1)
+    world.act("step", 3)
+    catch_up(world.follower, world.primary)
+    world.follower.optimizer.slot(0, slot).add_(1)
+    world.primary.mark()
+    with pytest.raises(ParameshError) as caught:
+        catch_up(world.follower, world.primary)
+    assert caught.value.reason == "DIVERGED"
