@@ -8,14 +8,17 @@ from collections import Counter
 from paramesh.channel import grpc
 from paramesh.errors import refuse
 from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import types_pb2 as pb
 from paramesh.v1.coordinator_pb2_grpc import AdminServicer
 
-from paramesh_coordinator import operators, replicas
+from paramesh_coordinator import moves, operators, replicas
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import (
     ClientRow,
     EventRow,
     HostRow,
+    MoveRow,
+    MoveStage,
     NodeState,
     PartitionRow,
     PartitionState,
@@ -31,6 +34,13 @@ __all__ = ["AdminService"]
 
 MOST_EVENTS = 1000
 """Of one answer: some 300 KB."""
+
+_STAGES = {
+    MoveStage.WANTED: co.MOVE_STAGE_WANTED,
+    MoveStage.COPYING: co.MOVE_STAGE_COPYING,
+    MoveStage.DONE: co.MOVE_STAGE_DONE,
+    MoveStage.CANCELLED: co.MOVE_STAGE_CANCELLED,
+}
 
 
 class AdminService(AdminServicer):
@@ -49,7 +59,10 @@ class AdminService(AdminServicer):
             hosts=[self._host(row) for _, row in sorted(state.rows(HostRow).items())],
             clients=[_client(row) for _, row in sorted(state.rows(ClientRow).items())],
             uptime_ms=round((self._driver.clock() - self._driver.started) * 1000),
-            pending=[operators.describe(row, state) for row in state.operations()],
+            pending=[
+                *(operators.describe(row, state) for row in state.operations()),
+                *(moves.describe(row) for row in state.moves()),
+            ],
         )
 
     def _servers(self) -> list[co.ServerStatus]:
@@ -109,6 +122,61 @@ class AdminService(AdminServicer):
             raise refuse("MISSING_FIELD", "acknowledged updates may be lost; say accept_loss if that is meant")
         await self._driver.decide(lambda draft: replicas.promote_with_loss(draft, request.partition, request.server))
         return co.PromoteReplicaResponse(map=self._driver.feed.current)
+
+    async def MovePartition(
+        self, request: co.MovePartitionRequest, context: grpc.aio.ServicerContext
+    ) -> co.MovePartitionResponse:
+        """Write one move down; it is carried out from there."""
+        check(self._driver, request.request, registering=True)
+        row = await self._driver.decide(
+            lambda draft: moves.ask(draft, request.partition, request.source, request.target)
+        )
+        return co.MovePartitionResponse(move=self._move(row))
+
+    async def Rebalance(self, request: co.RebalanceRequest, context: grpc.aio.ServicerContext) -> co.RebalanceResponse:
+        """Plan what makes bytes even; write it down unless it is a dry run."""
+        check(self._driver, request.request, registering=True)
+        if not request.dry_run:
+            rows = await self._driver.decide(lambda draft: moves.even_out(draft, "psctl rebalance"))
+            return co.RebalanceResponse(moves=[self._move(row) for row in rows])
+        planned = await self._driver.decide(lambda draft: moves.dry_run(draft, "psctl rebalance --dry-run"))
+        return co.RebalanceResponse(moves=[self._move(row) for row in planned])
+
+    async def ListMoves(self, request: co.ListMovesRequest, context: grpc.aio.ServicerContext) -> co.ListMovesResponse:
+        """Open moves, and those that were over last."""
+        check(self._driver, request.request, registering=True)
+        rows = sorted(self._driver.state.rows(MoveRow).items())
+        return co.ListMovesResponse(moves=[self._move(row) for _, row in rows])
+
+    async def Drain(self, request: co.DrainRequest, context: grpc.aio.ServicerContext) -> co.DrainResponse:
+        """Begin or end a drain; says how far it is."""
+        check(self._driver, request.request, registering=True)
+        if request.undo:
+            drained = await self._driver.decide(lambda draft: moves.undrain(draft, request.server))
+        else:
+            why = "it is being stopped (SIGTERM)" if request.leaving else "psctl drain"
+            drained = await self._driver.decide(
+                lambda draft: moves.drain(
+                    draft, request.server, why, incarnation=request.incarnation, leaving=request.leaving
+                )
+            )
+        return co.DrainResponse(
+            held=drained.held, moving=drained.moving, only_here=drained.only, nowhere=drained.nowhere
+        )
+
+    def _move(self, row: MoveRow) -> co.Move:
+        part = self._driver.state.partition(row.partition)
+        return co.Move(
+            move=row.move,
+            partition=row.partition,
+            source=pb.ReplicaRef(node=row.source.name, incarnation=row.source.incarnation),
+            target=pb.ReplicaRef(node=row.target.name, incarnation=row.target.incarnation),
+            swap=row.swap,
+            stage=_STAGES[row.stage],
+            why=row.why,
+            reason=row.reason,
+            nbytes=part.nbytes if part else 0,
+        )
 
 
 def _client(row: ClientRow) -> co.ClientStatus:

@@ -51,6 +51,14 @@ class Load:
         """The load with one more partition that it follows."""
         return dataclasses.replace(self, copies=self.copies + size, partitions=self.partitions + 1)
 
+    def without(self, size: int) -> Load:
+        """The load with one partition less that it is the primary of."""
+        return dataclasses.replace(self, nbytes=self.nbytes - size, partitions=self.partitions - 1)
+
+    def without_copy(self, size: int) -> Load:
+        """The load with one partition less that it follows."""
+        return dataclasses.replace(self, copies=self.copies - size, partitions=self.partitions - 1)
+
 
 def place(sizes: Sequence[int], loads: Sequence[Load]) -> list[str]:
     """Give each partition a primary, so that bytes end up even.

@@ -99,7 +99,7 @@ def _policy(spec: pb.TableSpec) -> str:
 
 def form_ledger(draft: Draft, min_servers: int) -> None:
     """Place partition 0 when enough servers are there; once in a job's life."""
-    servers = draft.live_servers()
+    servers = [row for row in draft.live_servers() if not row.draining]
     if _has_ledger(draft) or len(servers) < min_servers:
         return
     replicas = draft.job.replicas
@@ -151,6 +151,7 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
     if first + len(sizes) > limits.partitions:
         raise refuse("QUOTA", f"the job would have {first + len(sizes)} partitions, more than {limits.partitions}")
     replicas = spec.replicas or draft.job.replicas
+    servers = [row for row in servers if not row.draining] or servers
     placed = place_replicas(sizes, replicas, loads_of(servers, draft.rows(PartitionRow)))
     draft.count("next_partition", len(sizes))
     table_id = draft.count("next_table")

@@ -102,6 +102,14 @@ def run(
             help="Writes wait while fewer copies are in sync. 1: a last copy goes on alone, shown as degraded."
         ),
     ] = DEFAULT.min_isr,
+    rebalance: Annotated[
+        bool,
+        typer.Option(
+            "--rebalance/--no-rebalance",
+            help="Move partitions by itself when servers came or went and bytes are uneven by more than 20 %.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = DEFAULT.rebalance,
     heartbeat_interval: Annotated[
         float, _seconds("Seconds between beats; at most a quarter of --failure-timeout.")
     ] = DEFAULT.heartbeat_interval,
@@ -142,7 +150,7 @@ def run(
             bind=bind, state=_state(state, ephemeral), job=job, start_workers=start_workers, min_workers=min_workers,
             min_servers=min_servers, replicas=replicas, min_isr=min_isr, heartbeat_interval=heartbeat_interval,
             failure_timeout=failure_timeout, client_timeout=client_timeout,
-            gather=gather, step_timeout=step_timeout, insecure=insecure,
+            gather=gather, step_timeout=step_timeout, rebalance=rebalance, insecure=insecure,
         )  # fmt: skip
         code = asyncio.run(_run(config))
     except ConfigError as error:

@@ -83,6 +83,10 @@ class CoordinatorConfig:
     max_partitions: int = 1 << 16
     """Partitions of the whole job; each costs about 200 bytes of every map that is sent."""
 
+    rebalance: bool = True
+    """Moves partitions by itself when servers came or went and bytes are uneven by more than
+    20 %. Off: only draining and `psctl move` and `rebalance` move anything."""
+
     insecure: bool = False
     """Allows a bind that other machines can reach, although traffic is not encrypted."""
 

@@ -112,7 +112,10 @@ def _successor(
         return None
     candidates = [ref for ref in part.isr if ref in live]
     # One that was not heard for two beats is live still, but may be the next to be declared dead.
-    return min(candidates, key=lambda ref: (not draft.senses.fresh(ref), load[ref], ref.name), default=None)
+    draining = {row.ref for row in draft.live_servers() if row.draining}
+    return min(
+        candidates, key=lambda ref: (not draft.senses.fresh(ref), ref in draining, load[ref], ref.name), default=None
+    )
 
 
 def promoted_row(part: PartitionRow, new: Ref) -> PartitionRow:

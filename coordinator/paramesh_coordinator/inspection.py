@@ -28,7 +28,7 @@ from paramesh.v1.ledger_pb2_grpc import LedgerStub
 
 from paramesh_coordinator.operators import LEDGER
 
-__all__ = ["promote", "read_events", "read_partitions", "read_status", "read_tables"]
+__all__ = ["ask_coordinator", "promote", "read_events", "read_partitions", "read_status", "read_tables"]
 
 REACH_SECONDS = 4.0
 """For all addresses together, so that a mistyped one is an error message within 5 s."""
@@ -42,8 +42,12 @@ _ACTIVITY = {value: name.removeprefix("ACTIVITY_").lower() for name, value in lg
 _MODE = {value: name.removeprefix("MODE_").lower() for name, value in lg.Mode.items()}
 
 
-async def _ask(addresses: Sequence[str], service: Any, method: str, request: Message) -> tuple[Any, str]:
-    """The answer of the first coordinator that gives one, and its address."""
+async def ask_coordinator(addresses: Sequence[str], service: Any, method: str, request: Message) -> tuple[Any, str]:
+    """The answer of the first coordinator that gives one, and its address.
+
+    Raises:
+        ParameshError: UNREACHABLE, or the coordinator's refusal.
+    """
     failures: list[ParameshError] = []
     for address in addresses:
         async with aio_channel(address) as channel:
@@ -70,7 +74,7 @@ async def read_status(addresses: Sequence[str], job: str) -> dict[str, Any]:
         ParameshError: UNREACHABLE, or the coordinator's refusal (WRONG_CLUSTER, ...).
     """
     request = co.GetStatusRequest(request=header(job))
-    answer, address = await _ask(addresses, AdminStub, "GetStatus", request)
+    answer, address = await ask_coordinator(addresses, AdminStub, "GetStatus", request)
     ledger = await _read_ledger(answer.map)
     return {
         "job": answer.map.job,
@@ -210,12 +214,10 @@ async def read_tables(addresses: Sequence[str], job: str) -> list[dict[str, Any]
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
     request = co.GetStatusRequest(request=header(job))
-    answer, address = await _ask(addresses, AdminStub, "GetStatus", request)
+    answer, address = await ask_coordinator(addresses, AdminStub, "GetStatus", request)
     ids = header(job, answer.map.generation)
-    asked = (
-        _ask([address], CatalogStub, "DescribeTable", co.DescribeTableRequest(request=ids, table_id=t.table_id))
-        for t in answer.map.tables
-    )
+    requests = (co.DescribeTableRequest(request=ids, table_id=t.table_id) for t in answer.map.tables)
+    asked = (ask_coordinator([address], CatalogStub, "DescribeTable", request) for request in requests)
     described = await asyncio.gather(*asked)
     pairs = zip(answer.map.tables, described, strict=True)
     return [_table(entry, answer.map) | _schema(reply.spec) for entry, (reply, _) in pairs]
@@ -238,7 +240,7 @@ async def read_partitions(addresses: Sequence[str], job: str) -> list[dict[str, 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
-    answer, _ = await _ask(addresses, AdminStub, "GetStatus", co.GetStatusRequest(request=header(job)))
+    answer, _ = await ask_coordinator(addresses, AdminStub, "GetStatus", co.GetStatusRequest(request=header(job)))
     tables = {entry.table_id: entry.name for entry in answer.map.tables}
     return [_partition(row, tables.get(row.table_id, "ledger")) for row in answer.map.partitions]
 
@@ -268,7 +270,7 @@ async def promote(addresses: Sequence[str], job: str, partition: int, server: st
         ParameshError: UNREACHABLE, or the coordinator's refusal, which says what to do first.
     """
     request = co.PromoteReplicaRequest(request=header(job), partition=partition, server=server, accept_loss=True)
-    answer, _ = await _ask(addresses, AdminStub, "PromoteReplica", request)
+    answer, _ = await ask_coordinator(addresses, AdminStub, "PromoteReplica", request)
     tables = {entry.table_id: entry.name for entry in answer.map.tables}
     row = next(row for row in answer.map.partitions if row.id == partition)
     return _partition(row, tables.get(row.table_id, "ledger"))
@@ -281,7 +283,7 @@ async def read_events(addresses: Sequence[str], job: str, after: int, limit: int
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
     request = co.ListEventsRequest(request=header(job), after=after, limit=limit)
-    answer, _ = await _ask(addresses, AdminStub, "ListEvents", request)
+    answer, _ = await ask_coordinator(addresses, AdminStub, "ListEvents", request)
     return [
         {
             "id": event.id,

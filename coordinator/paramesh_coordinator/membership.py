@@ -107,6 +107,7 @@ def register_server(draft: Draft, hello: ServerRow, *, replace: bool, old_is_gon
     if rival is not None:
         _check_name_is_free("server", hello.name, rival.address, replace=replace, old_is_gone=old_is_gone)
     _bury_predecessors(draft, hello)
+    draft.change_job(unsettled=True)
     if known is None:
         draft.put(hello)
         draft.audit("server_registered", hello.name, incarnation=hello.incarnation, address=hello.address)
@@ -168,6 +169,7 @@ def _end_server(
 def _mark_ended(draft: Draft, row: ServerRow, state: NodeState, reason: str, *, certain: bool) -> None:
     draft.put(dataclasses.replace(row, state=moved(row.state, state), reason=reason, certain=certain))
     draft.effects.append(Ended(NodeKey("server", *row.ref)))
+    draft.change_job(unsettled=True)
     forget(draft, row.ref, certain=certain)
 
 

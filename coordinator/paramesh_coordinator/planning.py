@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from paramesh.errors import ParameshError
@@ -111,6 +112,8 @@ class Planning:
         state = self._driver.state
         if state.job.map_version == self._planned and not self._driver.recent.waits:
             return False
+        if state.job.unsettled or state.moves() or any(row.draining for row in state.live_servers()):
+            return True
         live = {row.ref for row in state.live_servers()}
         if not replicas.is_even(state.rows(PartitionRow).values(), live):
             return True
@@ -119,7 +122,7 @@ class Planning:
 
     async def _plan(self) -> None:
         try:
-            changed = await self._driver.decide(replicas.plan)
+            changed = await self._driver.decide(partial(replicas.plan, auto=self._driver.config.rebalance))
         except ParameshError as error:
             log.error("replicas not planned, will try again reason=%s error=%s", error.reason, error)
             return

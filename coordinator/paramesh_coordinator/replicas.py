@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from paramesh.errors import refuse
 
-from paramesh_coordinator import operators
+from paramesh_coordinator import moves, operators
 from paramesh_coordinator.balance import Load, follower
 from paramesh_coordinator.catalog import loads_of
 from paramesh_coordinator.failover import promoted_row, settle
-from paramesh_coordinator.rows import NodeState, PartitionRow, PartitionState, Ref, ServerRow
+from paramesh_coordinator.rows import MoveRow, NodeState, PartitionRow, PartitionState, Ref, ServerRow
 from paramesh_coordinator.state import Draft, Dropped, Senses
 
 __all__ = ["Change", "Limits", "Wish", "adopt", "change_isr", "is_even", "plan", "plan_replicas", "promote_with_loss"]
@@ -110,7 +110,11 @@ class Change:
 
 
 def plan_replicas(
-    parts: Sequence[PartitionRow], servers: Sequence[ServerRow], senses: Senses, limits: Limits | None = None
+    parts: Sequence[PartitionRow],
+    servers: Sequence[ServerRow],
+    senses: Senses,
+    limits: Limits | None = None,
+    moving: Iterable[MoveRow] = (),
 ) -> list[Change]:
     """What to do so that online partitions get the replicas they ask for, one step per partition.
 
@@ -123,8 +127,9 @@ def plan_replicas(
         servers: the live ones.
         senses: nobody is removed unless all who stay were heard just now.
         limits: of learners at a time.
+        moving: open moves: what they bring is one replica more than is asked for, until they are done.
     """
-    planner = _Planner(parts, servers, senses, limits or Limits())
+    planner = _Planner(parts, servers, senses, limits or Limits(), moving)
     changes = (planner.step(part) for part in planner.by_need(parts))
     return [change for change in changes if change is not None]
 
@@ -132,9 +137,18 @@ def plan_replicas(
 class _Planner:
     """The loads as of the steps planned so far."""
 
-    def __init__(self, parts: Sequence[PartitionRow], servers: Sequence[ServerRow], senses: Senses, limits: Limits):
+    def __init__(
+        self,
+        parts: Sequence[PartitionRow],
+        servers: Sequence[ServerRow],
+        senses: Senses,
+        limits: Limits,
+        moving: Iterable[MoveRow],
+    ):
         self._senses = senses
         self._limits = limits
+        self._moving = {move.partition: move for move in moving}
+        self._draining = {row.ref for row in servers if row.draining}
         self._refs = {row.name: row.ref for row in servers}
         self._live = set(self._refs.values())
         self._loads: dict[str, Load] = {load.name: load for load in loads_of(servers, parts)}
@@ -156,11 +170,14 @@ class _Planner:
         gone = next((ref for ref in part.learners if ref not in self._live), None)
         if gone is not None:
             return _without_learner(part, gone)
-        missing = part.replicas - len(self._in_sync(part)) - len(part.learners)
+        move = self._moving.get(part.partition)
+        brought = move is not None and not move.swap and move.target in part.holders
+        missing = part.replicas + brought - len(self._in_sync(part)) - len(part.learners)
         if missing > 0:
             return self._add(part)
         if missing < 0:
-            return _without_learner(part, part.learners[-1]) if part.learners else self._remove(part)
+            surplus = [ref for ref in part.learners if move is None or ref != move.target]
+            return _without_learner(part, surplus[-1]) if surplus else self._remove(part)
         return None
 
     def _add(self, part: PartitionRow) -> Change | None:
@@ -181,14 +198,21 @@ class _Planner:
     def _takes_more(self, part: PartitionRow, name: str) -> bool:
         ref = self._refs[name]
         rested = self._senses.dropped.get((part.partition, ref), REST_SECONDS) >= REST_SECONDS
-        return rested and self._into[ref] < self._limits.per_target
+        return rested and ref not in self._draining and self._into[ref] < self._limits.per_target
 
     def _remove(self, part: PartitionRow) -> Change | None:
         """The follower that is beside another one on its host, then the one that holds most."""
         in_sync = self._in_sync(part)
         hosts = Counter(self._loads[ref.name].host for ref in in_sync)
-        followers = [ref for ref in in_sync if ref != part.primary]
-        ref = max(followers, key=lambda r: (hosts[self._loads[r.name].host] > 1, self._loads[r.name].total, r.name))
+        move = self._moving.get(part.partition)
+        kept = {part.primary} | ({move.source, move.target} if move is not None else set())
+        followers = [ref for ref in in_sync if ref not in kept]
+        if not followers:
+            return None
+        ref = max(
+            followers,
+            key=lambda r: (r in self._draining, hosts[self._loads[r.name].host] > 1, self._loads[r.name].total, r.name),
+        )
         # If whoever stays has just fallen silent, the surplus replica may be the one to promote.
         if not all(self._senses.fresh(other) for other in in_sync if other != ref):
             return None
@@ -217,23 +241,31 @@ def is_even(parts: Iterable[PartitionRow], live: Collection[Ref]) -> bool:
     return True
 
 
-def plan(draft: Draft) -> int:
+def plan(draft: Draft, *, auto: bool = True) -> int:
     """Decide the next steps; also gives partitions that were held back to somebody, once they may go.
 
+    Args:
+        draft: the decision.
+        auto: bytes are evened out without being asked when servers came or went.
+
     Returns:
-        How many partitions were changed.
+        How many partitions and moves were changed.
     """
     settled = settle(draft)
     for partition, new in settled.promoted.items():
         draft.audit("partition_promoted", str(partition), to=str(new), was=str(settled.before[partition]))
-    changes = plan_replicas(draft.rows(PartitionRow), draft.live_servers(), draft.senses)
+    advanced = moves.advance(draft)
+    moving = [row for row in draft.rows(MoveRow) if row.active]
+    changes = plan_replicas(draft.rows(PartitionRow), draft.live_servers(), draft.senses, moving=moving)
     by_kind: dict[tuple[str, Ref], list[int]] = {}
     for change in changes:
         draft.put(change.row)
         by_kind.setdefault((change.kind, change.ref), []).append(change.row.partition)
     for (kind, ref), partitions in by_kind.items():
         draft.audit(kind, ref.name, incarnation=ref.incarnation, partitions=partitions)
-    return len(changes) + len(settled.promoted)
+    quiet = not changes and not any(part.learners for part in draft.rows(PartitionRow))
+    planned = moves.plan(draft, auto=auto, settled=quiet)
+    return len(changes) + len(settled.promoted) + advanced + planned
 
 
 def adopt(draft: Draft) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 __all__ = [
-    "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "NodeState", "OperationRow",
+    "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "MoveRow", "MoveStage", "NodeState", "OperationRow",
     "PartitionRow", "PartitionState", "Ref", "Row", "ServerRow", "Stage", "TableRow", "decode", "encode", "moved",
 ]  # fmt: skip
 
@@ -50,6 +50,17 @@ class Stage(enum.StrEnum):
     DONE = "done"
 
 
+class MoveStage(enum.StrEnum):
+    """How far a move of a replica is."""
+
+    WANTED = "wanted"
+    """Its target does not copy yet: its turn comes."""
+    COPYING = "copying"
+    """Its target catches up, or has caught up."""
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
 # The legal moves, by enum: members of two StrEnums with one value would share a key. A
 # dead node lives again only when the very process that fell silent is heard again; nothing
 # brings back one whose death is certain (`membership` sees to that). An evicted client
@@ -73,6 +84,13 @@ _MOVES: dict[type[enum.StrEnum], dict[enum.StrEnum, frozenset[enum.StrEnum]]] = 
         Stage.EVICT: frozenset({Stage.FENCE}),
         Stage.FENCE: frozenset({Stage.DONE}),
         Stage.DONE: frozenset(),
+    },
+    MoveStage: {
+        # A swap, and a target that happens to be in sync, have nothing to copy.
+        MoveStage.WANTED: frozenset({MoveStage.COPYING, MoveStage.DONE, MoveStage.CANCELLED}),
+        MoveStage.COPYING: frozenset({MoveStage.DONE, MoveStage.CANCELLED}),
+        MoveStage.DONE: frozenset(),
+        MoveStage.CANCELLED: frozenset(),
     },
 }
 
@@ -126,6 +144,9 @@ class JobRow:
     """Partition 0 is the ledger."""
     next_operation: int = 1
     next_event: int = 1
+    next_move: int = 1
+    unsettled: bool = False
+    """Servers came or went since bytes were last looked at: a rebalance is due."""
 
     @property
     def key(self) -> str:
@@ -151,6 +172,8 @@ class ServerRow:
     reason: str = ""
     certain: bool = False
     """A dead one is known to have ended: an exit report, a successor. Silence is not that."""
+    draining: str = ""
+    """Why a live one gets nothing new and gives away what it holds; empty: it does not."""
 
     @property
     def ref(self) -> Ref:
@@ -303,6 +326,37 @@ class OperationRow:
 
 
 @dataclass(frozen=True)
+class MoveRow:
+    """One replica on its way from one server to another; or the primary's role, without any copying."""
+
+    PREFIX: ClassVar[str] = "move/"
+
+    move: int
+    partition: int
+    epoch: int
+    """Of the partition when it was planned: the plan dies with it."""
+    source: Ref
+    target: Ref
+    swap: bool
+    """Only the primary's role goes to `target`, which is in sync; `source` stays as follower."""
+    why: str
+    """For people: "psctl move", "rebalance", "drain of server-1"."""
+    stage: MoveStage = MoveStage.WANTED
+    reason: str = ""
+    """Why it was cancelled."""
+
+    @property
+    def active(self) -> bool:
+        """Whether something is still to be done."""
+        return self.stage in (MoveStage.WANTED, MoveStage.COPYING)
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.move:020d}"
+
+
+@dataclass(frozen=True)
 class EventRow:
     """One line of the audit table."""
 
@@ -327,7 +381,7 @@ def event_key(event: int) -> str:
     return f"{EventRow.PREFIX}{event:020d}"
 
 
-Row = JobRow | ServerRow | HostRow | ClientRow | TableRow | PartitionRow | OperationRow | EventRow
+Row = JobRow | ServerRow | HostRow | ClientRow | TableRow | PartitionRow | OperationRow | MoveRow | EventRow
 _CLASSES: tuple[type[Row], ...] = typing.get_args(Row)
 _HINTS = {cls: {n: h for n, h in typing.get_type_hints(cls).items() if n != "PREFIX"} for cls in _CLASSES}
 
@@ -365,6 +419,8 @@ def _typed(hint: typing.Any, value: typing.Any) -> typing.Any:
         return base64.b64decode(value, validate=True)
     if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
         return hint(value)
+    if hint is Ref:
+        return Ref(*value)
     if typing.get_origin(hint) is tuple:
         return tuple(Ref(*item) if typing.get_args(hint)[0] is Ref else item for item in value)
     return value

@@ -25,6 +25,7 @@ from paramesh_coordinator.rows import (
     EventRow,
     HostRow,
     JobRow,
+    MoveRow,
     NodeState,
     OperationRow,
     PartitionRow,
@@ -119,7 +120,7 @@ class Senses:
     """(partition, server) -> seconds since its primary took it out of the in-sync set."""
 
 
-RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow)
+RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, MoveRow)
 
 
 class ClusterState:
@@ -128,7 +129,7 @@ class ClusterState:
     def __init__(self, job: JobRow):
         self.job = job
         self._rows: dict[type[Row], dict[str, Row]] = {
-            cls: {} for cls in (ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow)
+            cls: {} for cls in (ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, MoveRow)
         }
 
     @classmethod
@@ -183,6 +184,10 @@ class ClusterState:
     def operations(self) -> list[OperationRow]:
         """What is committed and not yet confirmed, oldest first."""
         return [row for _, row in sorted(self.rows(OperationRow).items())]
+
+    def moves(self) -> list[MoveRow]:
+        """Moves that are not over, oldest first."""
+        return [row for _, row in sorted(self.rows(MoveRow).items()) if row.active]
 
     def beating(self) -> list[NodeKey]:
         """Everybody whose silence counts."""
@@ -336,6 +341,13 @@ def _ref(ref: Ref) -> pb.ReplicaRef:
     return pb.ReplicaRef(node=ref.name, incarnation=ref.incarnation)
 
 
+def shown_state(row: ServerRow) -> pb.NodeState.ValueType:
+    """A server's state as people and processes see it: draining is a way of being live."""
+    if row.state is NodeState.LIVE and row.draining:
+        return pb.NODE_STATE_DRAINING
+    return NODE_STATES[row.state]
+
+
 def map_node(row: ServerRow) -> pb.Node:
     """A server as the map shows it."""
     return pb.Node(
@@ -343,8 +355,8 @@ def map_node(row: ServerRow) -> pb.Node:
         address=row.address,
         control_address=row.control_address,
         host_id=row.host_id,
-        state=NODE_STATES[row.state],
-        reason=row.reason,
+        state=shown_state(row),
+        reason=row.reason or row.draining,
     )
 
 

@@ -40,6 +40,32 @@ NODE_KIND_HOST: NodeKind.ValueType  # 2
 NODE_KIND_CLIENT: NodeKind.ValueType  # 3
 global___NodeKind = NodeKind
 
+class _MoveStage:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MoveStageEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MoveStage.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MOVE_STAGE_UNSPECIFIED: _MoveStage.ValueType  # 0
+    MOVE_STAGE_WANTED: _MoveStage.ValueType  # 1
+    """MOVE_STAGE_WANTED waits for its turn: servers copy a few at a time."""
+    MOVE_STAGE_COPYING: _MoveStage.ValueType  # 2
+    """MOVE_STAGE_COPYING has a target that catches up."""
+    MOVE_STAGE_DONE: _MoveStage.ValueType  # 3
+    MOVE_STAGE_CANCELLED: _MoveStage.ValueType  # 4
+
+class MoveStage(_MoveStage, metaclass=_MoveStageEnumTypeWrapper):
+    """MoveStage is how far a move is."""
+
+MOVE_STAGE_UNSPECIFIED: MoveStage.ValueType  # 0
+MOVE_STAGE_WANTED: MoveStage.ValueType  # 1
+"""MOVE_STAGE_WANTED waits for its turn: servers copy a few at a time."""
+MOVE_STAGE_COPYING: MoveStage.ValueType  # 2
+"""MOVE_STAGE_COPYING has a target that catches up."""
+MOVE_STAGE_DONE: MoveStage.ValueType  # 3
+MOVE_STAGE_CANCELLED: MoveStage.ValueType  # 4
+global___MoveStage = MoveStage
+
 @typing.final
 class RegisterServerRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -838,6 +864,242 @@ class PromoteReplicaResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["map", b"map"]) -> None: ...
 
 global___PromoteReplicaResponse = PromoteReplicaResponse
+
+@typing.final
+class Move(google.protobuf.message.Message):
+    """Move is one replica on its way."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    SWAP_FIELD_NUMBER: builtins.int
+    STAGE_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    move: builtins.int
+    """move is its number. Zero: planned in a dry run only."""
+    partition: builtins.int
+    swap: builtins.bool
+    """swap hands over the lead only; nothing is copied."""
+    stage: global___MoveStage.ValueType
+    why: builtins.str
+    """why is for people: "psctl move", "drain of server-1"."""
+    reason: builtins.str
+    """reason says why it was cancelled."""
+    nbytes: builtins.int
+    """nbytes is the size of the partition's values."""
+    @property
+    def source(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def target(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    def __init__(
+        self,
+        *,
+        move: builtins.int = ...,
+        partition: builtins.int = ...,
+        source: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        target: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        swap: builtins.bool = ...,
+        stage: global___MoveStage.ValueType = ...,
+        why: builtins.str = ...,
+        reason: builtins.str = ...,
+        nbytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["source", b"source", "target", b"target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["move", b"move", "nbytes", b"nbytes", "partition", b"partition", "reason", b"reason", "source", b"source", "stage", b"stage", "swap", b"swap", "target", b"target", "why", b"why"]) -> None: ...
+
+global___Move = Move
+
+@typing.final
+class MovePartitionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    source: builtins.str
+    """source and target are names of live servers. UNKNOWN_NODE if one is not, or source has
+    no replica; NODE_NAME if target has one; QUOTA if it has no room.
+    """
+    target: builtins.str
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        partition: builtins.int = ...,
+        source: builtins.str = ...,
+        target: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["partition", b"partition", "request", b"request", "source", b"source", "target", b"target"]) -> None: ...
+
+global___MovePartitionRequest = MovePartitionRequest
+
+@typing.final
+class MovePartitionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVE_FIELD_NUMBER: builtins.int
+    @property
+    def move(self) -> global___Move: ...
+    def __init__(
+        self,
+        *,
+        move: global___Move | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["move", b"move"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["move", b"move"]) -> None: ...
+
+global___MovePartitionResponse = MovePartitionResponse
+
+@typing.final
+class RebalanceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    dry_run: builtins.bool
+    """dry_run only says what would be moved."""
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "request", b"request"]) -> None: ...
+
+global___RebalanceRequest = RebalanceRequest
+
+@typing.final
+class RebalanceResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: builtins.int
+    @property
+    def moves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Move]: ...
+    def __init__(
+        self,
+        *,
+        moves: collections.abc.Iterable[global___Move] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["moves", b"moves"]) -> None: ...
+
+global___RebalanceResponse = RebalanceResponse
+
+@typing.final
+class ListMovesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request"]) -> None: ...
+
+global___ListMovesRequest = ListMovesRequest
+
+@typing.final
+class ListMovesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: builtins.int
+    @property
+    def moves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Move]:
+        """moves are in the order of their numbers."""
+
+    def __init__(
+        self,
+        *,
+        moves: collections.abc.Iterable[global___Move] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["moves", b"moves"]) -> None: ...
+
+global___ListMovesResponse = ListMovesResponse
+
+@typing.final
+class DrainRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    SERVER_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    LEAVING_FIELD_NUMBER: builtins.int
+    server: builtins.str
+    """server is the name of a live one."""
+    incarnation: builtins.int
+    """incarnation is the process meant. Zero: whichever is live."""
+    undo: builtins.bool
+    """undo ends the draining."""
+    leaving: builtins.bool
+    """leaving is said by the server itself, before it ends: where nothing can go anywhere, or
+    nobody trains any more, nothing begins.
+    """
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        server: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        undo: builtins.bool = ...,
+        leaving: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "leaving", b"leaving", "request", b"request", "server", b"server", "undo", b"undo"]) -> None: ...
+
+global___DrainRequest = DrainRequest
+
+@typing.final
+class DrainResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: builtins.int
+    MOVING_FIELD_NUMBER: builtins.int
+    ONLY_HERE_FIELD_NUMBER: builtins.int
+    NOWHERE_FIELD_NUMBER: builtins.int
+    nowhere: builtins.bool
+    """nowhere: no other server can take anything, or, for one that leaves, nobody trains."""
+    @property
+    def held(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """held are the partitions of which it has a replica."""
+
+    @property
+    def moving(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """moving are those of them that are on their way."""
+
+    @property
+    def only_here(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """only_here are those of them that no other live server has in sync: lost if it ends now."""
+
+    def __init__(
+        self,
+        *,
+        held: collections.abc.Iterable[builtins.int] | None = ...,
+        moving: collections.abc.Iterable[builtins.int] | None = ...,
+        only_here: collections.abc.Iterable[builtins.int] | None = ...,
+        nowhere: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held", "moving", b"moving", "nowhere", b"nowhere", "only_here", b"only_here"]) -> None: ...
+
+global___DrainResponse = DrainResponse
 
 @typing.final
 class IsrChange(google.protobuf.message.Message):

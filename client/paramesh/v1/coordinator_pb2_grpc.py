@@ -692,6 +692,26 @@ class AdminStub(object):
                 request_serializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.SerializeToString,
                 response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.FromString,
                 _registered_method=True)
+        self.MovePartition = channel.unary_unary(
+                '/paramesh.v1.Admin/MovePartition',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.MovePartitionRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.MovePartitionResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/paramesh.v1.Admin/Rebalance',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.ListMoves = channel.unary_unary(
+                '/paramesh.v1.Admin/ListMoves',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.ListMovesRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ListMovesResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/paramesh.v1.Admin/Drain',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -722,6 +742,36 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MovePartition(self, request, context):
+        """MovePartition moves one replica to another server; if that has one in sync and the first
+        one leads, only the lead. Repeatable: an open move is returned as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Rebalance plans moves that make bytes even; none if they are, or if moves are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMoves(self, request, context):
+        """ListMoves tells of open moves and of those that were over last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Drain has a server give away what it holds and get nothing new, or ends that. Repeatable:
+        the answer says how far it is. Called by operators, and by a server that is to end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -739,6 +789,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.PromoteReplica,
                     request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.FromString,
                     response_serializer=paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.SerializeToString,
+            ),
+            'MovePartition': grpc.unary_unary_rpc_method_handler(
+                    servicer.MovePartition,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.MovePartitionRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.MovePartitionResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.RebalanceRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'ListMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMoves,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ListMovesRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.ListMovesResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.DrainRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -825,6 +895,114 @@ class Admin(object):
             '/paramesh.v1.Admin/PromoteReplica',
             paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaRequest.SerializeToString,
             paramesh_dot_v1_dot_coordinator__pb2.PromoteReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MovePartition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Admin/MovePartition',
+            paramesh_dot_v1_dot_coordinator__pb2.MovePartitionRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.MovePartitionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Admin/Rebalance',
+            paramesh_dot_v1_dot_coordinator__pb2.RebalanceRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Admin/ListMoves',
+            paramesh_dot_v1_dot_coordinator__pb2.ListMovesRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.ListMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Admin/Drain',
+            paramesh_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

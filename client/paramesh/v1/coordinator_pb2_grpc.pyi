@@ -363,6 +363,34 @@ class AdminStub:
     PARTITION_OFFLINE while an in-sync replica may still come back.
     """
 
+    MovePartition: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.MovePartitionRequest,
+        paramesh.v1.coordinator_pb2.MovePartitionResponse,
+    ]
+    """MovePartition moves one replica to another server; if that has one in sync and the first
+    one leads, only the lead. Repeatable: an open move is returned as it is.
+    """
+
+    Rebalance: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.RebalanceRequest,
+        paramesh.v1.coordinator_pb2.RebalanceResponse,
+    ]
+    """Rebalance plans moves that make bytes even; none if they are, or if moves are open."""
+
+    ListMoves: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ListMovesRequest,
+        paramesh.v1.coordinator_pb2.ListMovesResponse,
+    ]
+    """ListMoves tells of open moves and of those that were over last."""
+
+    Drain: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.DrainRequest,
+        paramesh.v1.coordinator_pb2.DrainResponse,
+    ]
+    """Drain has a server give away what it holds and get nothing new, or ends that. Repeatable:
+    the answer says how far it is. Called by operators, and by a server that is to end.
+    """
+
 class AdminAsyncStub:
     """Admin is psctl's.
 
@@ -387,6 +415,34 @@ class AdminAsyncStub:
     """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
     ended, to an incomplete one: acknowledged updates may be lost. Refused with
     PARTITION_OFFLINE while an in-sync replica may still come back.
+    """
+
+    MovePartition: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.MovePartitionRequest,
+        paramesh.v1.coordinator_pb2.MovePartitionResponse,
+    ]
+    """MovePartition moves one replica to another server; if that has one in sync and the first
+    one leads, only the lead. Repeatable: an open move is returned as it is.
+    """
+
+    Rebalance: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.RebalanceRequest,
+        paramesh.v1.coordinator_pb2.RebalanceResponse,
+    ]
+    """Rebalance plans moves that make bytes even; none if they are, or if moves are open."""
+
+    ListMoves: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ListMovesRequest,
+        paramesh.v1.coordinator_pb2.ListMovesResponse,
+    ]
+    """ListMoves tells of open moves and of those that were over last."""
+
+    Drain: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.DrainRequest,
+        paramesh.v1.coordinator_pb2.DrainResponse,
+    ]
+    """Drain has a server give away what it holds and get nothing new, or ends that. Repeatable:
+    the answer says how far it is. Called by operators, and by a server that is to end.
     """
 
 class AdminServicer(metaclass=abc.ABCMeta):
@@ -419,6 +475,42 @@ class AdminServicer(metaclass=abc.ABCMeta):
         """PromoteReplica gives an offline partition, of which every in-sync replica has certainly
         ended, to an incomplete one: acknowledged updates may be lost. Refused with
         PARTITION_OFFLINE while an in-sync replica may still come back.
+        """
+
+    @abc.abstractmethod
+    def MovePartition(
+        self,
+        request: paramesh.v1.coordinator_pb2.MovePartitionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.MovePartitionResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.MovePartitionResponse]]:
+        """MovePartition moves one replica to another server; if that has one in sync and the first
+        one leads, only the lead. Repeatable: an open move is returned as it is.
+        """
+
+    @abc.abstractmethod
+    def Rebalance(
+        self,
+        request: paramesh.v1.coordinator_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.RebalanceResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.RebalanceResponse]]:
+        """Rebalance plans moves that make bytes even; none if they are, or if moves are open."""
+
+    @abc.abstractmethod
+    def ListMoves(
+        self,
+        request: paramesh.v1.coordinator_pb2.ListMovesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.ListMovesResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.ListMovesResponse]]:
+        """ListMoves tells of open moves and of those that were over last."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: paramesh.v1.coordinator_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.DrainResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.DrainResponse]]:
+        """Drain has a server give away what it holds and get nothing new, or ends that. Repeatable:
+        the answer says how far it is. Called by operators, and by a server that is to end.
         """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -651,6 +651,133 @@ class InstallResponse(google.protobuf.message.Message):
 global___InstallResponse = InstallResponse
 
 @typing.final
+class StagedBytes(google.protobuf.message.Message):
+    """StagedBytes names one staged contribution."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    CLIENT_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    PRESENT_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    NBYTES_FIELD_NUMBER: builtins.int
+    group: builtins.int
+    step: builtins.int
+    client_id: builtins.int
+    attempt: builtins.int
+    present: builtins.bytes
+    """present has one bit per segment, LSB first."""
+    digest: builtins.bytes
+    """digest is the one that the client's own bytes gave."""
+    nbytes: builtins.int
+    """nbytes is the length of all its frames. Zero: it has none."""
+    def __init__(
+        self,
+        *,
+        group: builtins.int = ...,
+        step: builtins.int = ...,
+        client_id: builtins.int = ...,
+        attempt: builtins.int = ...,
+        present: builtins.bytes = ...,
+        digest: builtins.bytes = ...,
+        nbytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "client_id", b"client_id", "digest", b"digest", "group", b"group", "nbytes", b"nbytes", "present", b"present", "step", b"step"]) -> None: ...
+
+global___StagedBytes = StagedBytes
+
+@typing.final
+class HandoverHeader(google.protobuf.message.Message):
+    """HandoverHeader is one frame of a staged contribution, as the client sent it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    STAGED_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    epoch: builtins.int
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader:
+        """request, source, target, partition and epoch are on the first message, which brings no
+        contribution. epoch is the one under which target is the primary.
+        """
+
+    @property
+    def source(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def target(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def staged(self) -> global___StagedBytes:
+        """staged begins a contribution."""
+
+    @property
+    def frame(self) -> paramesh.v1.types_pb2.Frame: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        source: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        target: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        partition: builtins.int = ...,
+        epoch: builtins.int = ...,
+        staged: global___StagedBytes | None = ...,
+        frame: paramesh.v1.types_pb2.Frame | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["frame", b"frame", "request", b"request", "source", b"source", "staged", b"staged", "target", b"target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "frame", b"frame", "partition", b"partition", "request", b"request", "source", b"source", "staged", b"staged", "target", b"target"]) -> None: ...
+
+global___HandoverHeader = HandoverHeader
+
+@typing.final
+class HandoverRequest(google.protobuf.message.Message):
+    """HandoverRequest is one frame of a staged contribution."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    payload: builtins.bytes
+    @property
+    def header(self) -> global___HandoverHeader: ...
+    def __init__(
+        self,
+        *,
+        header: global___HandoverHeader | None = ...,
+        payload: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header", "payload", b"payload"]) -> None: ...
+
+global___HandoverRequest = HandoverRequest
+
+@typing.final
+class HandoverResponse(google.protobuf.message.Message):
+    """HandoverResponse says how many contributions were new."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TAKEN_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    taken: builtins.int
+    known: builtins.int
+    def __init__(
+        self,
+        *,
+        taken: builtins.int = ...,
+        known: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["known", b"known", "taken", b"taken"]) -> None: ...
+
+global___HandoverResponse = HandoverResponse
+
+@typing.final
 class FenceRequest(google.protobuf.message.Message):
     """FenceRequest names the clients that died."""
 

@@ -48,6 +48,11 @@ class ReplicationStub(object):
                 request_serializer=paramesh_dot_v1_dot_replication__pb2.InstallRequest.SerializeToString,
                 response_deserializer=paramesh_dot_v1_dot_replication__pb2.InstallResponse.FromString,
                 _registered_method=True)
+        self.Handover = channel.stream_unary(
+                '/paramesh.v1.Replication/Handover',
+                request_serializer=paramesh_dot_v1_dot_replication__pb2.HandoverRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_replication__pb2.HandoverResponse.FromString,
+                _registered_method=True)
 
 
 class ReplicationServicer(object):
@@ -71,6 +76,14 @@ class ReplicationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handover(self, request_iterator, context):
+        """Handover brings a partition's new primary what was staged at the old one, which lives.
+        Repeatable: by attempt and digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +96,11 @@ def add_ReplicationServicer_to_server(servicer, server):
                     servicer.Install,
                     request_deserializer=paramesh_dot_v1_dot_replication__pb2.InstallRequest.FromString,
                     response_serializer=paramesh_dot_v1_dot_replication__pb2.InstallResponse.SerializeToString,
+            ),
+            'Handover': grpc.stream_unary_rpc_method_handler(
+                    servicer.Handover,
+                    request_deserializer=paramesh_dot_v1_dot_replication__pb2.HandoverRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_replication__pb2.HandoverResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -143,6 +161,33 @@ class Replication(object):
             '/paramesh.v1.Replication/Install',
             paramesh_dot_v1_dot_replication__pb2.InstallRequest.SerializeToString,
             paramesh_dot_v1_dot_replication__pb2.InstallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handover(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/paramesh.v1.Replication/Handover',
+            paramesh_dot_v1_dot_replication__pb2.HandoverRequest.SerializeToString,
+            paramesh_dot_v1_dot_replication__pb2.HandoverResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,14 @@ class ReplicationStub:
     ]
     """Install ships a snapshot to a learner whose tail is out of reach."""
 
+    Handover: grpc.StreamUnaryMultiCallable[
+        paramesh.v1.replication_pb2.HandoverRequest,
+        paramesh.v1.replication_pb2.HandoverResponse,
+    ]
+    """Handover brings a partition's new primary what was staged at the old one, which lives.
+    Repeatable: by attempt and digest.
+    """
+
 class ReplicationAsyncStub:
     """Replication carries a partition's log to its followers.
 
@@ -57,6 +65,14 @@ class ReplicationAsyncStub:
         paramesh.v1.replication_pb2.InstallResponse,
     ]
     """Install ships a snapshot to a learner whose tail is out of reach."""
+
+    Handover: grpc.aio.StreamUnaryMultiCallable[
+        paramesh.v1.replication_pb2.HandoverRequest,
+        paramesh.v1.replication_pb2.HandoverResponse,
+    ]
+    """Handover brings a partition's new primary what was staged at the old one, which lives.
+    Repeatable: by attempt and digest.
+    """
 
 class ReplicationServicer(metaclass=abc.ABCMeta):
     """Replication carries a partition's log to its followers.
@@ -80,6 +96,16 @@ class ReplicationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[paramesh.v1.replication_pb2.InstallResponse, collections.abc.Awaitable[paramesh.v1.replication_pb2.InstallResponse]]:
         """Install ships a snapshot to a learner whose tail is out of reach."""
+
+    @abc.abstractmethod
+    def Handover(
+        self,
+        request_iterator: _MaybeAsyncIterator[paramesh.v1.replication_pb2.HandoverRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.replication_pb2.HandoverResponse, collections.abc.Awaitable[paramesh.v1.replication_pb2.HandoverResponse]]:
+        """Handover brings a partition's new primary what was staged at the old one, which lives.
+        Repeatable: by attempt and digest.
+        """
 
 def add_ReplicationServicer_to_server(servicer: ReplicationServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 

@@ -91,7 +91,7 @@ def flags(app: object, command: str | None = None) -> set[str]:
 def test_the_flags_of_ps_coordinator_are_frozen() -> None:
     assert flags(cli.app) == {
         "--bind", "--state", "--ephemeral", "--job", "--start-workers", "--min-workers", "--min-servers", "--replicas",
-        "--min-isr",
+        "--min-isr", "--rebalance",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
         "--log-level", "--version",
     }  # fmt: skip

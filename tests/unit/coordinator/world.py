@@ -103,8 +103,9 @@ class World:
     def leave(self, name: str, incarnation: int = 1) -> None:
         self.do(lambda d: membership.server_left(d, Ref(name, incarnation)))
 
-    def plan(self) -> int:
-        return self.do(replicas.plan)
+    def plan(self, *, auto: bool = False) -> int:
+        """`auto`: bytes are evened out when servers came or went."""
+        return self.do(lambda d: replicas.plan(d, auto=auto))
 
     def change_isr(self, partition: int, isr: str | tuple[Ref, ...], **change: Any) -> bool:
         """The primary's wish, as of now but for what `change` says; names mean incarnation 1."""

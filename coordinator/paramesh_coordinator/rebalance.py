@@ -1,0 +1,211 @@
+"""Which replicas should change places. Pure: the same input gives the same plan.
+
+    for move in rebalance(placed, loads): ...                # bytes are even afterwards
+    for move in empty(placed, loads, {"server-1"}): ...      # and nothing is left there
+
+Greedy. Each step makes the sum of squares of primaries' bytes smaller, or leaves the primaries
+alone and makes that of all bytes smaller; so it ends, and carrying plans out one after the other
+ends in an empty one. A partition is in a plan at most once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from paramesh_coordinator.balance import Load
+
+__all__ = ["UNEVEN", "Move", "Placed", "empty", "is_uneven", "rebalance"]
+
+UNEVEN = 0.2
+"""Part of the mean that a server may be above or below it: to mend less costs more than it gives."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One partition and who holds it, by name."""
+
+    partition: int
+    nbytes: int
+    """Bytes of its values."""
+    primary: str
+    followers: tuple[str, ...] = ()
+    """In sync."""
+    fixed: bool = False
+    """It is on its way already, catching up or offline: counted, and left alone."""
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Everybody who holds it, the primary first."""
+        return (self.primary, *self.followers)
+
+    def after(self, move: Move) -> Placed:
+        """Who holds it when a move is done."""
+        if move.swap:
+            rest = [name for name in self.holders if name != move.target]
+            return dataclasses.replace(self, primary=move.target, followers=tuple(rest))
+        primary, *rest = (move.target if name == move.source else name for name in self.holders)
+        return dataclasses.replace(self, primary=primary, followers=tuple(rest))
+
+
+@dataclass(frozen=True)
+class Move:
+    """One replica goes from one server to another."""
+
+    partition: int
+    source: str
+    target: str
+    swap: bool = False
+    """Only the primary's role goes, to one that is in sync: nothing is copied."""
+
+
+def is_uneven(values: Collection[int]) -> bool:
+    """Whether a server holds more than `UNEVEN` above or below the mean."""
+    mean = sum(values) / len(values) if values else 0.0
+    return any(abs(value - mean) > UNEVEN * mean for value in values)
+
+
+def rebalance(placed: Iterable[Placed], loads: Iterable[Load], draining: Collection[str] = ()) -> list[Move]:
+    """Empty the draining servers, then even bytes: those of primaries first, then all.
+
+    Args:
+        placed: all partitions.
+        loads: what each live server holds, what is on its way to it included.
+        draining: names of servers that get nothing and keep nothing.
+    """
+    plan = _Plan(placed, loads, draining)
+    plan.drain()
+    while plan.primary_step() or plan.copy_step():
+        pass
+    return plan.moves
+
+
+def empty(placed: Iterable[Placed], loads: Iterable[Load], draining: Collection[str]) -> list[Move]:
+    """Only empty the draining servers.
+
+    What has nowhere to go, but is led there and in sync elsewhere, is led elsewhere; what has
+    nowhere to go at all stays.
+    """
+    plan = _Plan(placed, loads, draining)
+    plan.drain()
+    return plan.moves
+
+
+def _primary_bytes(load: Load) -> int:
+    return load.nbytes
+
+
+def _all_bytes(load: Load) -> int:
+    return load.total
+
+
+class _Plan:
+    """Loads and places as of the moves planned so far."""
+
+    def __init__(self, placed: Iterable[Placed], loads: Iterable[Load], draining: Collection[str]) -> None:
+        self.moves: list[Move] = []
+        self._draining = frozenset(draining)
+        self._loads = {load.name: load for load in sorted(loads, key=lambda load: load.name)}
+        known = [p for p in placed if all(name in self._loads for name in p.holders)]
+        self._placed = {p.partition: p for p in sorted(known, key=lambda p: p.partition) if not p.fixed}
+        """What may still be moved; a planned one is taken out."""
+
+    def _open(self) -> list[Load]:
+        return [load for load in self._loads.values() if load.name not in self._draining]
+
+    def _take(self, move: Move) -> None:
+        size = self._placed.pop(move.partition)
+        source, target = self._loads[move.source], self._loads[move.target]
+        role = move.source == size.primary
+        if move.swap:
+            source, target = source.plus_copy(size.nbytes), target.without_copy(size.nbytes)
+        self._loads[source.name] = source.without(size.nbytes) if role else source.without_copy(size.nbytes)
+        self._loads[target.name] = target.plus(size.nbytes) if role else target.plus_copy(size.nbytes)
+        self.moves.append(move)
+
+    # Draining.
+
+    def drain(self) -> None:
+        """The biggest first: they are the hardest to find a place for."""
+        for part in sorted(self._placed.values(), key=lambda p: (-p.nbytes, p.partition)):
+            leaving = [name for name in part.holders if name in self._draining]
+            if leaving and (move := self._away(part, leaving[0])) is not None:
+                self._take(move)
+
+    def _away(self, part: Placed, source: str) -> Move | None:
+        weigh = _primary_bytes if source == part.primary else _all_bytes
+        fitting = [load for load in self._open() if self._fits(part, load)]
+        others = {self._loads[name].host for name in part.holders if name != source}
+        best = min(
+            fitting,
+            key=lambda load: (load.host in others, weigh(load), load.total, load.partitions, load.name),
+            default=None,
+        )
+        if best is not None:
+            return Move(part.partition, source, best.name)
+        heirs = [self._loads[name] for name in part.followers if name not in self._draining]
+        if source != part.primary or not heirs:
+            return None
+        heir = min(heirs, key=lambda load: (load.nbytes, load.name))
+        return Move(part.partition, source, heir.name, swap=True)
+
+    def _fits(self, part: Placed, load: Load) -> bool:
+        kind = self._loads[part.primary].kind
+        return load.name not in part.holders and load.kind == kind and load.takes(part.nbytes)
+
+    # Evening out.
+
+    def primary_step(self) -> bool:
+        """Move or swap one primary, if that makes them more even; whether it did."""
+        return self._step(_primary_bytes, self._primaries)
+
+    def copy_step(self) -> bool:
+        """Move one follower, if that makes all bytes more even; whether it did."""
+        return self._step(_all_bytes, self._copies)
+
+    def _step(self, weigh: Callable[[Load], int], candidates: Callable[[Load, Load], Iterator[Move]]) -> bool:
+        for source, target, gap in _gaps(self._open(), weigh):
+            # Less than the gap: else the two would only change places.
+            found = [m for m in candidates(source, target) if 0 < self._placed[m.partition].nbytes < gap]
+            if found:
+                self._take(min(found, key=lambda m: self._worth(m, gap)))
+                return True
+        return False
+
+    def _worth(self, move: Move, gap: int) -> tuple[bool, float, int]:
+        """What costs no copying first, then what closes the gap best."""
+        return not move.swap, abs(self._placed[move.partition].nbytes - gap / 2), move.partition
+
+    def _primaries(self, source: Load, target: Load) -> Iterator[Move]:
+        for part in self._placed.values():
+            if part.primary == source.name:
+                if target.name in part.followers:
+                    yield Move(part.partition, source.name, target.name, swap=True)
+                elif self._fits(part, target) and self._keeps_hosts(part, source, target):
+                    yield Move(part.partition, source.name, target.name)
+
+    def _copies(self, source: Load, target: Load) -> Iterator[Move]:
+        for part in self._placed.values():
+            movable = source.name in part.followers and self._fits(part, target)
+            if movable and self._keeps_hosts(part, source, target):
+                yield Move(part.partition, source.name, target.name)
+
+    def _keeps_hosts(self, part: Placed, source: Load, target: Load) -> bool:
+        """Evenness is not worth two replicas on one machine."""
+        others = {self._loads[name].host for name in part.holders if name != source.name}
+        return target.host not in others or source.host in others
+
+
+def _gaps(loads: Sequence[Load], weigh: Callable[[Load], int]) -> list[tuple[Load, Load, int]]:
+    """From whom to whom bytes should go, the widest gap first; only where the mean is missed by much."""
+    if not is_uneven([weigh(load) for load in loads]):
+        return []
+    mean = sum(map(weigh, loads)) / len(loads)
+    pairs = [
+        (high, low, weigh(high) - weigh(low))
+        for high in loads
+        for low in loads
+        if weigh(high) > weigh(low) and (weigh(high) > (1 + UNEVEN) * mean or weigh(low) < (1 - UNEVEN) * mean)
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[2], pair[0].name, pair[1].name))
