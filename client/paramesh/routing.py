@@ -279,8 +279,11 @@ class Routes:
         Raises:
             RequestRefused: WRONG_PARTITION.
             PartitionOffline: PARTITION_OFFLINE; names the server, why, and the remedy.
+            Retryable: NOT_READY, while it is loaded from a checkpoint.
         """
         row = self.partition(partition)
+        if row.state == pb.PARTITION_STATE_RESTORING:
+            raise refuse("NOT_READY", f"partition {partition} is being loaded from a checkpoint", partition=partition)
         if row.state == pb.PARTITION_STATE_OFFLINE or not row.HasField("primary"):
             raise self._offline(row)
         node = self._nodes.get((row.primary.node, row.primary.incarnation))

@@ -44,7 +44,13 @@ class ServerControl:
         """A coordinator of this term exists."""
         self.term = max(self.term, term)
 
-    def _check(self, request: pb.RequestHeader, term: int) -> None:
+    def check(self, request: pb.RequestHeader, term: int) -> None:
+        """Refuse an order of another job or generation, or of a coordinator that was replaced.
+
+        Raises:
+            StateRefused: VERSION, WRONG_CLUSTER, OLD_GENERATION, STALE_TERM.
+            RequestRefused: MISSING_FIELD.
+        """
         check_header(request, self._job, self._generation())
         if not term:
             raise refuse("MISSING_FIELD", "an order carries the coordinator's term", field="term")
@@ -54,7 +60,7 @@ class ServerControl:
 
     async def Fence(self, request: rp.FenceRequest, context: grpc.aio.ServicerContext) -> rp.FenceResponse:
         """Forbid clients for ever, in every partition here. Repeatable."""
-        self._check(request.request, request.term)
+        self.check(request.request, request.term)
         clients = list(request.client_ids)
         await self._ledger.fence(clients)
         partitions = await self._plane.fence(clients)
@@ -63,7 +69,7 @@ class ServerControl:
 
     async def Evict(self, request: rp.EvictRequest, context: grpc.aio.ServicerContext) -> rp.EvictResponse:
         """Take a client out of the ledger. Repeatable."""
-        self._check(request.request, request.term)
+        self.check(request.request, request.term)
         if not request.client_id:
             raise refuse("MISSING_FIELD", "client_id is 0", field="client_id")
         was_member = await self._ledger.evict(request.client_id, request.term, request.why)

@@ -18,6 +18,7 @@ is a function of the records: `replay` on a fresh ledger gives an equal `state_d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from paramesh.v1 import ledger_pb2 as pb
 from paramesh.v1.types_pb2 import JobConfig
@@ -34,7 +35,31 @@ from paramesh_server.ledger_status import Status
 from paramesh_server.ledger_steps import Steps
 from paramesh_server.ledger_whole import Whole
 
-__all__ = ["Ledger", "Record", "Wait"]
+__all__ = ["Ledger", "LedgerCut", "Record", "Wait"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCut:
+    """The ledger's part of a checkpoint."""
+
+    checkpoint: str
+    lsn: int
+    data: bytes
+    """As `Ledger.capture` has it."""
+    groups: dict[int, tuple[str, bool, int]]
+    """For each group: name, whether it trains in steps, the next one."""
+    steps: dict[int, int]
+    """For each group that was marked, the step that carried the mark."""
+    ranks: tuple[int, ...]
+    """Members at the cut."""
+
+    def torn(self) -> str:
+        """Why this is no cut between two steps; empty: it is one."""
+        for number, step in self.steps.items():
+            name, _, next_step = self.groups[number]
+            if next_step != step + 1:
+                return f"group {name} had gone on to step {next_step} when the last group came to its marked one"
+        return ""
 
 
 def _drop(_: Record) -> None:
@@ -142,6 +167,26 @@ class Ledger:
         for record in records:
             self._desk.apply(record)
         self._desk.woken.clear()  # nobody waits at a follower
+
+    def want_cut(self, checkpoint: str) -> None:
+        """Have the next decision of each group carry a checkpoint's id; "": no longer. Volatile."""
+        self._steps.want_cut(checkpoint)
+
+    def take_cut(self) -> LedgerCut | None:
+        """The cut that was wanted, once every group has decided its marked step."""
+        found = self._steps.taken_cut()
+        return None if found is None else self.cut(*found)
+
+    def cut(self, checkpoint: str, steps: dict[int, int] | None = None) -> LedgerCut:
+        """The whole state now, and where every group stands.
+
+        Args:
+            checkpoint: whose.
+            steps: for each group that was marked, the step that carried the mark.
+        """
+        ranks = tuple(sorted(member.rank for member in self._members.state.members.values()))
+        state = {n: (g.spec.name, not self._clocks.has_clocks(g), g.next_step) for n, g in self._groups.state.items()}
+        return LedgerCut(checkpoint, self.lsn, self.capture(), state, dict(steps or {}), ranks)
 
     def capture(self) -> bytes:
         """The whole replicated state, with the number of the last record."""

@@ -31,6 +31,9 @@ from paramesh_server.shards import ARRIVAL_S, Slot
 
 log = logging.getLogger(__name__)
 
+NOT_MADE = (pb.PARTITION_STATE_OFFLINE, pb.PARTITION_STATE_RESTORING)
+"""States in which no replica is made: it would be empty."""
+
 READS = frozenset({"GetState", "GetSteps", "LedgerStatus"})
 """Calls that never append a record."""
 
@@ -73,7 +76,7 @@ class LedgerHost:
         self._routes = routes
         if not listed:
             await self.close()
-        elif self.slot is not None or row.state != pb.PARTITION_STATE_OFFLINE:
+        elif self.slot is not None or row.state not in NOT_MADE:
             if self.slot is None:
                 self.slot = Slot(Replica(self.empty(routes, row.epoch), self._me), self._pool)
                 log.info("ledger=here primary=%s generation=%d", mine, routes.generation)
@@ -87,6 +90,11 @@ class LedgerHost:
             self.slot.stir()
         self._announce()
         return self.slot
+
+    def load(self, machine: LedgerMachine) -> None:
+        """Hold the ledger of a checkpoint, until the map says that it leads."""
+        self.slot = Slot(Replica(machine, self._me), self._pool)
+        log.info("ledger=loaded lsn=%d", machine.log.lsn)
 
     def empty(self, routes: Routes, epoch: int) -> LedgerMachine:
         """A fresh state: for a replica that was just placed, or for a snapshot."""
@@ -145,6 +153,11 @@ class LedgerHost:
             machine = self.slot.replica.machine
             assert isinstance(machine, LedgerMachine)
             machine.forget_what_was_volatile()
+
+    @property
+    def serving(self) -> LedgerService | None:
+        """The ledger, if it serves here now."""
+        return self._service
 
     async def service(self) -> LedgerService:
         """The ledger, once it serves.

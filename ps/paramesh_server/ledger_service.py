@@ -31,7 +31,7 @@ from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import ledger_pb2 as pb
 from paramesh.v1.types_pb2 import JobConfig
 
-from paramesh_server.ledger import Ledger, Wait
+from paramesh_server.ledger import Ledger, LedgerCut, Wait
 from paramesh_server.ledger_log import Key
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,8 @@ class LedgerService:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closed = False
+        self.cut: LedgerCut | None = None
+        """The newest checkpoint's cut, from the event that decided its step."""
         if ledger is not None:
             self.update_config(config)
             log.info("ledger promoted generation=%d %s", generation, ledger.summary())
@@ -215,6 +217,7 @@ class LedgerService:
             self._woken = frozenset(self.ledger.take_woken())
             for key in self._woken:
                 self._waits.wake(key)
+            self.cut = self.ledger.take_cut() or self.cut
             for notice in self.ledger.take_notices():
                 log.warning("ledger %s", notice)
             self._schedule()

@@ -66,6 +66,10 @@ class Steps:
         self._groups = groups
         self._epochs = epochs
         self._rounds: dict[int, _Round] = {}
+        self._cutting: dict[int, int] | None = None
+        """While a checkpoint is wanted: for each group whose decision carried it, that step. Volatile."""
+        self._checkpoint = ""
+        """The id of the checkpoint that is wanted. Volatile."""
         desk.on(StepDecided, self._apply_decided)
         desk.on(HyperNoted, self._apply_noted)
         desk.on(ActivitySet, self._apply_activity)
@@ -199,7 +203,10 @@ class Steps:
         missing = len(self._missing(group))
         need = max(1, len(round_.pending) + missing - backup)
         if len(round_.pending) >= need:
-            self._desk.commit(self._decision(group, round_, list(round_.pending)[:need]))
+            decision = self._decision(group, round_, list(round_.pending)[:need])
+            self._desk.commit(decision)
+            if decision.record.checkpoint and self._cutting is not None:
+                self._cutting[group.number] = decision.record.step
 
     def _missing(self, group: GroupState) -> list[MemberState]:
         """Members that the undecided step still waits for."""
@@ -239,6 +246,7 @@ class Steps:
             step=group.next_step,
             skip=any(request.skip for request in requests),
             loss_reduction=group.spec.loss_reduction,
+            checkpoint=self._cut_with(group),
             contributors=[
                 Contributor(
                     client_id=client_id,
@@ -286,6 +294,40 @@ class Steps:
         applied = min((round_.applied.get(c, after) for c in active), default=after)
         keep = max(min(applied, after - KEEP_STEPS), after - MAX_STEPS)
         return max(keep, group.first_kept)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def want_cut(self, checkpoint: str) -> None:
+        """Have the next decision of each group carry a checkpoint's id; "": no longer."""
+        self._checkpoint, self._cutting = checkpoint, {} if checkpoint else None
+
+    def taken_cut(self) -> tuple[str, dict[int, int]] | None:
+        """(id, step by group) as soon as every group that steps has its cut; once."""
+        if self._cutting is None or not self._cutting or self._cutting.keys() < self._stepping().keys():
+            return None
+        found = (self._checkpoint, self._cutting)
+        self.want_cut("")
+        return found
+
+    def _stepping(self) -> dict[int, int]:
+        """The next step of every group that has taken one, by number."""
+        modes = (pb.MODE_SYNC, pb.MODE_LOCAL)
+        return {n: g.next_step for n, g in self._groups.state.items() if g.spec.mode in modes and g.next_step}
+
+    def _cut_with(self, group: GroupState) -> str:
+        """The checkpoint's id, if a group's next decision is to carry it.
+
+        Groups that step in turns are cut between two rounds of turns: when all are equally far.
+        If one takes several steps to another's one, the first group begins.
+        """
+        if self._cutting is None or group.number in self._cutting:
+            return ""
+        if not self._cutting:
+            steps = self._stepping() | {group.number: group.next_step}
+            spread = max(steps.values()) - min(steps.values())
+            if spread == 1 or (spread > 1 and group.number != min(steps)):
+                return ""
+        return self._checkpoint
 
     # ------------------------------------------------------------------ decided steps
 

@@ -24,7 +24,7 @@ from paramesh.v1.coordinator_pb2_grpc import CatalogStub, MapServiceStub
 
 from paramesh_server.aggregate import Workspace
 from paramesh_server.insync import Ref
-from paramesh_server.ledger_host import LedgerHost
+from paramesh_server.ledger_host import NOT_MADE, LedgerHost
 from paramesh_server.partition import Partition
 from paramesh_server.roles import take_role
 from paramesh_server.shards import Shards, Slot
@@ -76,6 +76,8 @@ class Placement:
         self._tasks: set[asyncio.Task[None]] = set()
         self.generation = 0
         """Of the newest map."""
+        self.on_cut: Callable[[Partition, str], None] | None = None
+        """Takes cuts of partitions for checkpoints."""
 
     def mine(self, partition: int) -> bool:
         """Whether the newest map gives a partition to this process."""
@@ -84,13 +86,23 @@ class Placement:
             return False
         return self._is_mine(routes.partition(partition))
 
+    @property
+    def me(self) -> Ref:
+        """This process."""
+        return self._ref
+
+    def row(self, partition: int) -> pb.Partition | None:
+        """A partition's row in the newest map."""
+        routes = self._shards.routes
+        return None if routes is None or partition not in routes else routes.partition(partition)
+
     def listed(self, partition: int) -> bool:
         """Whether the newest map lists a replica in this process."""
         routes = self._shards.routes
         return routes is not None and partition in routes and self._keeps(routes.partition(partition))
 
     def _is_mine(self, row: pb.Partition) -> bool:
-        return row.primary == self._me and row.state != pb.PARTITION_STATE_OFFLINE
+        return row.primary == self._me and row.state not in NOT_MADE
 
     def on_map(self, routes: Routes) -> None:
         """A new map came: follow it, one after the other."""
@@ -145,7 +157,7 @@ class Placement:
         if LEDGER in rows:
             await self._follow_ledger(routes, rows[LEDGER])
         for number, row in rows.items():
-            here = number in self._shards.held or row.state != pb.PARTITION_STATE_OFFLINE
+            here = number in self._shards.held or row.state not in NOT_MADE
             if number != LEDGER and self._keeps(row) and here:
                 await self._hold(row)  # nothing is made for an OFFLINE row: it would be empty
 
@@ -201,6 +213,7 @@ class Placement:
             budget=self._budget,
             workspace=self._workspace,
         )
+        partition.on_cut = self.on_cut
         log.info("partition=%d table=%s epoch=%d bytes=%d made", row.id, spec.name, row.epoch, partition.layout.nbytes)
         return partition
 

@@ -29,9 +29,11 @@ from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.beat import Figures
+from paramesh_server.checkpoint_service import CheckpointControl
 from paramesh_server.config import ServerConfig, parse_address
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
+from paramesh_server.cuts import Cuts
 from paramesh_server.inbound import Inbound
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
@@ -51,7 +53,7 @@ from paramesh_server.wishes import Wishes
 log = logging.getLogger(__name__)
 
 _DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger")
-_CONTROL_SERVICES = ("paramesh.v1.ServerControl", "paramesh.v1.Replication")
+_CONTROL_SERVICES = ("paramesh.v1.ServerControl", "paramesh.v1.Replication", "paramesh.v1.CheckpointControl")
 
 
 class ParameterServer:
@@ -71,6 +73,7 @@ class ParameterServer:
         self.counters = Counters()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="paramesh-compute")
         self._budget = Budget(config.staged_bytes)
+        self._cuts = Cuts()
         self._ended: asyncio.Future[None] | None = None
         self._metrics: Any = None
 
@@ -126,6 +129,10 @@ class ParameterServer:
         self._link.listeners.append(self._on_map)
         self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
+        self._placement.on_cut = self._cuts.take
+        self._checkpoints = CheckpointControl(
+            self._orders.check, self._shards, self._ledger, self._placement, self._cuts
+        )
 
     def _slots(self) -> list[Slot]:
         ledger = [self._ledger.slot] if self._ledger.slot is not None else []
@@ -158,6 +165,7 @@ class ParameterServer:
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
         self._orders.register(self._control)
         self._inbound.register(self._control)
+        self._checkpoints.register(self._control)
         host = config.advertised_host
         self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
         control = config.control_bind or f"{config.host}:0"
@@ -206,6 +214,7 @@ class ParameterServer:
         )
 
     def _figures(self) -> Figures:
+        self._cuts.sweep()
         partitions = [held.partition for held in self._shards.held.values()]
         return Figures(
             applied_lsn=sum(p.log.lsn for p in partitions),
@@ -248,6 +257,7 @@ class ParameterServer:
         await self._marks.stop()
         await self._outbound.close()
         await self._placement.close()
+        self._checkpoints.close()
         await self._link.close()
         if self._metrics is not None:
             self._metrics.shutdown()
