@@ -175,6 +175,8 @@ class InSync:
                 return None
             self._asked = now
             return self._wish
+        if not self._joining and self.held >= self.last:
+            return None  # everybody has everything: the usual case, twenty times a second and partition
         self._drop_slow_learners(now)
         gone = {ref for ref in self.isr - {self.me} if self._owes_since(ref, now) >= self._patience(ref)}
         come = {ref for ref in self._joining if self._acked.get(ref, 0) >= self.commit} - self.isr

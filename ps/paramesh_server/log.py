@@ -28,8 +28,9 @@ records that a follower may lag, four times over."""
 KEPT_RECORDS = 256
 """Records kept with their payloads although every in-sync replica has them."""
 
-KEPT_BYTES = 16 << 20
-"""Payload bytes kept so: half a large partition; beyond that a snapshot is hardly more."""
+KEPT_BYTES = 4 << 20
+"""Payload bytes kept so, per partition: a hundred of them keep less than the values of one GiB
+table take. Steps of larger partitions are let go of at once; a snapshot is hardly more than one."""
 
 
 @dataclass(frozen=True, slots=True)

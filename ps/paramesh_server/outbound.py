@@ -43,7 +43,7 @@ GREETING_S = 3.0
 INSTALL_S = 60.0
 """Seconds for a snapshot of one partition, 100 MB at most, to arrive and be installed."""
 
-IDLE_S = 1.0
+IDLE_S = 10.0
 """Seconds after which an idle sender looks again whether it is still wanted."""
 
 
@@ -81,7 +81,8 @@ class Outbound:
                 task.cancel()
                 self._gone(slot, ref)
         for ref in wanted:
-            if (slot.number, ref) not in self._senders:
+            sender = self._senders.get((slot.number, ref))
+            if sender is None or sender.done():  # one ends by itself when its partition is deposed
                 task = asyncio.ensure_future(self._send(slot, ref))
                 self._senders[slot.number, ref] = task
 

@@ -60,7 +60,7 @@ class Reads:
                 encoded = await self._at_step(held, request, kind)
             else:
                 encoded = await self._above_floor(held, asked, request, kind, deadline)
-            await held.released(encoded.lsn)
+            await held.released(encoded.at.lsn)
             return encoded.messages
         except Exception as error:
             detail = self._plane.detail(error, f"partition {asked.partition}")
@@ -112,7 +112,7 @@ class Reads:
     def _fresh(self, held: Held, kind: int) -> EncodedValues | None:
         """The shared encoding, if nothing was applied since."""
         encoded = held.encoded.get(kind)
-        return encoded if encoded is not None and encoded.lsn == held.partition.log.lsn else None
+        return encoded if encoded is not None and encoded.at == held.partition.log.last else None
 
     def _encode(self, held: Held, kind: int) -> EncodedValues:
         """Under the partition's lock: another caller may have been first."""

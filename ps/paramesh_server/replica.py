@@ -92,6 +92,8 @@ class Replica:
         self.insync = InSync(me)
         self.pins: dict[Ref, int] = {}
         """Followers that fetch a snapshot -> its number: what follows it is kept for them."""
+        self.reign = 0
+        """Counts the times that it began to lead: an answer formed in one is nothing in the next."""
         self.diverged = False
         """As follower: what it has applied is not what the primary has; only a snapshot mends it."""
         self._serves_from = 0
@@ -130,6 +132,7 @@ class Replica:
         """
         if self.role is not Role.PRIMARY:
             self.role = Role.PRIMARY
+            self.reign += 1
             self.insync = InSync(self.me)
             self._serves_from = self.machine.log.lsn
         self.promised = max(self.promised, row.epoch)

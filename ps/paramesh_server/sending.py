@@ -17,6 +17,7 @@ from paramesh.framing import FRAME_BYTES, checksum, encode
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
+from paramesh_server.log import Position
 from paramesh_server.partition import Partition
 from paramesh_server.writes import SlotBytes
 
@@ -25,7 +26,8 @@ from paramesh_server.writes import SlotBytes
 class EncodedValues:
     """A partition's values at one point of its log."""
 
-    lsn: int
+    at: Position
+    """The last record that they reflect; its number alone could be an older primary's."""
     applied_step: int
     messages: tuple[bytes, ...]
 
@@ -48,18 +50,18 @@ def _pieces(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 def encode_values(partition: Partition, kind: int) -> EncodedValues:
     """Encode the whole flat layout, padding included, as `PullResponse` messages."""
-    lsn, step = partition.log.lsn, partition.applied_step
+    at, step = partition.log.last, partition.applied_step
     messages = []
-    for at, piece in _pieces(partition.values):
+    for begin, piece in _pieces(partition.values):
         header = ps.PullHeader(
             partition=partition.id,
             epoch=partition.epoch,
-            lsn=lsn,
+            lsn=at.lsn,
             applied_step=step,
-            frame=_frame(piece, at, kind, at + piece.nbytes == partition.layout.nbytes),
+            frame=_frame(piece, begin, kind, begin + piece.nbytes == partition.layout.nbytes),
         )
         messages.append(encode(header, (piece,)))
-    return EncodedValues(lsn, step, tuple(messages))
+    return EncodedValues(at, step, tuple(messages))
 
 
 def encode_cut(partition: Partition, kind: int) -> list[bytes]:

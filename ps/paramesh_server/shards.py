@@ -165,9 +165,11 @@ class Slot:
             Retryable: NOT_PRIMARY, if this replica is deposed meanwhile: its answer may be
                 wrong; NOT_ENOUGH_REPLICAS after `RELEASE_S`, naming who is waited for.
         """
-        deadline = time.monotonic() + RELEASE_S
+        deadline, reign = time.monotonic() + RELEASE_S, self.replica.reign
         while True:
             self.check_primary()
+            if self.replica.reign != reign:  # deposed and promoted again: that record may be another one now
+                raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile", partition=self.number)
             if self.replica.insync.commit >= lsn:
                 return
             if time.monotonic() >= deadline:
