@@ -45,6 +45,7 @@ __all__ = [
     "register_host",
     "register_server",
     "server_left",
+    "server_refuses",
     "silent",
 ]
 
@@ -191,6 +192,13 @@ def exit_of_server(draft: Draft, ref: Ref, exit_code: int) -> None:
     row = _server(draft, ref)
     if row is not None:
         _end_server(draft, row, NodeState.DEAD, f"process ended: {ending(exit_code)}", certain=True)
+
+
+def server_refuses(draft: Draft, ref: Ref) -> None:
+    """Both ports of a server refused to be dialled, twice, after its beats broke off: positive death."""
+    row = _server(draft, ref)
+    if row is not None:
+        _end_server(draft, row, NodeState.DEAD, "process ended: its ports refuse connections", certain=True)
 
 
 def server_left(draft: Draft, ref: Ref) -> None:

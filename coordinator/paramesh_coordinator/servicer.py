@@ -23,6 +23,7 @@ from paramesh.v1.coordinator_pb2_grpc import (
 )
 
 from paramesh_coordinator import catalog, membership, replicas
+from paramesh_coordinator.autopsy import Autopsies
 from paramesh_coordinator.dialling import check_address, is_gone, is_local_peer
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import ClientState, HostRow, Ref, ServerRow, TableRow
@@ -63,6 +64,7 @@ class MembershipService(MembershipServicer):
 
     def __init__(self, driver: Driver):
         self._driver = driver
+        self._autopsies = Autopsies(driver)
 
     def _terms(self) -> dict[str, Any]:
         """What every registration is told."""
@@ -122,16 +124,22 @@ class MembershipService(MembershipServicer):
     ) -> AsyncIterator[co.HeartbeatResponse]:
         """Answer every beat with a new nonce; tell who is not registered."""
         remote = not is_local_peer(context.peer())
-        async for beat in requests:
-            job = self._driver.state.job
-            check_header(beat.request, job.name, job.generation, allow_no_generation=True)
-            nonce = self._driver.beat(self._who(beat), beat, remote=remote)
-            yield co.HeartbeatResponse(
-                nonce=nonce or 0,
-                term=self._driver.term,
-                map_version=self._driver.feed.current.version,
-                unknown=nonce is None and not self._is_supervised(beat),
-            )
+        last: NodeKey | None = None
+        try:
+            async for beat in requests:
+                job = self._driver.state.job
+                check_header(beat.request, job.name, 0)  # servers and supervisors live on through a restore
+                last = self._who(beat)
+                nonce = self._driver.beat(last, beat, remote=remote)
+                yield co.HeartbeatResponse(
+                    nonce=nonce or 0,
+                    term=self._driver.term,
+                    map_version=self._driver.feed.current.version,
+                    unknown=nonce is None and not self._is_supervised(beat),
+                )
+        finally:
+            if last is not None and last.kind == "server":
+                self._autopsies.start(Ref(last.name, last.incarnation))
 
     def _who(self, beat: co.HeartbeatRequest) -> NodeKey:
         if beat.kind == co.NODE_KIND_SERVER:
@@ -149,7 +157,7 @@ class MembershipService(MembershipServicer):
 
     async def ReportExit(self, request: co.ReportExitRequest, context: Context) -> co.ReportExitResponse:
         """Positive death, at once."""
-        check(self._driver, request.request, registering=True)
+        check_header(request.request, self._driver.state.job.name, 0)  # whatever was restored since
         ref, code = Ref(request.name, request.incarnation), request.exit_code
         if request.kind == co.NODE_KIND_SERVER:
             await self._driver.decide(lambda draft: membership.exit_of_server(draft, ref, code))
@@ -164,7 +172,7 @@ class MembershipService(MembershipServicer):
     async def Deregister(self, request: co.DeregisterRequest, context: Context) -> co.DeregisterResponse:
         """A goodbye."""
         job = self._driver.state.job
-        check_header(request.request, job.name, job.generation, allow_no_generation=True)
+        check_header(request.request, job.name, 0)
         ref, client_id = Ref(request.name, request.incarnation), request.request.client_id
         if request.kind == co.NODE_KIND_SERVER:
             await self._driver.decide(lambda draft: membership.server_left(draft, ref))

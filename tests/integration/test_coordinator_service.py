@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,36 @@ def test_a_silent_server_is_dead_in_time_and_the_watch_says_so() -> None:
             lost = row.primary.node == "b"
             assert row.state == (pb.PARTITION_STATE_OFFLINE if lost else pb.PARTITION_STATE_ONLINE)
         watch.cancel()
+
+    play(body)
+
+
+def test_a_server_whose_beats_break_off_and_whose_ports_refuse_is_dead_at_once() -> None:
+    """Killed together with its helper: nobody reports the exit, but its machine refuses connections."""
+
+    async def body(scene: Scene) -> None:
+        await scene.server("a")
+        control, heart = await scene.server("b")
+        _, listening = await scene.server("c")
+        await scene.host("h")
+        await until(lambda: heart.answers > 3 and listening.answers > 3, 5, "beats")
+        await control.stop()
+        await heart.stop()
+
+        async def dead() -> list[str]:
+            return [n.reason for n in (await scene.call.map()).nodes if n.state == pb.NODE_STATE_DEAD]
+
+        assert await until(dead, TIMEOUT - 0.1, "positive death, sooner than by silence") == [
+            "process ended: its ports refuse connections"
+        ]
+        await listening.stop()  # this one still listens, as a stopped process does: silence decides
+        both = lambda: _two(dead)  # noqa: E731
+        reasons = await until(both, 5, "the verdict for silence")
+        assert [r for r in reasons if r.startswith("silent for")]
+
+    async def _two(dead: Callable[[], Awaitable[list[str]]]) -> list[str] | None:
+        reasons = await dead()
+        return reasons if len(reasons) == 2 else None
 
     play(body)
 

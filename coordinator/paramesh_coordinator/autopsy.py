@@ -1,0 +1,58 @@
+"""Looks after a server whose beats broke off: a refused dial is death, at once.
+
+A process that is killed together with its helper leaves nobody to report its exit, but its
+machine lives: the kernel closes its connections and refuses new ones. So when the stream of
+beats ends, both of its ports are dialled, twice. A stopped process and a lost machine do not
+refuse; for those silence decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from paramesh.errors import ParameshError
+
+from paramesh_coordinator import membership
+from paramesh_coordinator.dialling import is_gone
+from paramesh_coordinator.driver import Driver
+from paramesh_coordinator.rows import NodeState, Ref, ServerRow
+
+__all__ = ["Autopsies"]
+
+log = logging.getLogger(__name__)
+
+BETWEEN_SECONDS = 0.05
+"""Between the two looks: a port that is closed and opened again by one live process is not."""
+
+
+class Autopsies:
+    """The looks that are under way.
+
+    Args:
+        driver: takes the decision.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._looking: dict[Ref, asyncio.Task[None]] = {}
+
+    def start(self, ref: Ref) -> None:
+        """Look after a server, unless somebody does already."""
+        if ref not in self._looking and not self._driver.deposed.done():
+            task = self._looking[ref] = asyncio.ensure_future(self._look(ref))
+            task.add_done_callback(lambda _: self._looking.pop(ref, None))
+
+    async def _look(self, ref: Ref) -> None:
+        for look in range(2):
+            row = next((row for row in self._driver.state.rows(ServerRow).values() if row.ref == ref), None)
+            if row is None or row.state in (NodeState.DEAD, NodeState.LEFT):
+                return  # it said goodbye, or its end is known
+            if look:
+                await asyncio.sleep(BETWEEN_SECONDS)
+            if not all(await asyncio.gather(is_gone(row.address), is_gone(row.control_address))):
+                return
+        try:
+            await self._driver.decide(lambda draft: membership.server_refuses(draft, ref))
+        except ParameshError as error:
+            log.warning("death of %s not decided reason=%s: %s", ref, error.reason, error)
