@@ -1,0 +1,1 @@
+"""Replication in one thread: the real pure cores in a world of a seeded clock, network and faults."""

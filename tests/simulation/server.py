@@ -1,0 +1,253 @@
+"""A server process: the shells of `paramesh_server` as handlers around its pure cores.
+
+Each method mirrors one of the real shell, and names it: what the real one awaits, this one
+awaits, and between two awaits both do the same. The memory of a crashed process is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from paramesh.errors import ParameshError, refuse
+from paramesh.routing import Routes
+from paramesh.v1 import types_pb2 as pb
+from paramesh_coordinator.rows import ServerRow
+from paramesh_coordinator.state import NodeKey
+from paramesh_server.insync import Ref
+from paramesh_server.partition import Partition
+from paramesh_server.replica import Replica, Role
+from paramesh_server.roles import take_role
+from paramesh_server.shards import ARRIVAL_S
+from paramesh_server.staging import Budget
+
+from tests.simulation.dataplane import DataPlane
+from tests.simulation.kernel import Process, Signal, Task
+from tests.simulation.replication import Inbound, Outbound
+from tests.simulation.retry import Backoff
+from tests.simulation.slots import Slot
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+BEAT_S = 0.5
+LOOK_S = 0.05
+"""`wishes.LOOK_S`."""
+CALL_S = 2.0
+
+
+class Server(DataPlane, Inbound):
+    """One incarnation."""
+
+    def __init__(self, world: World, name: str, incarnation: int) -> None:
+        self.world, self.kernel, self.net = world, world.kernel, world.net
+        self.process = Process(name)
+        self.ref = Ref(name, incarnation)
+        self.me = self.ref.proto()
+        self.held: dict[int, Slot] = {}
+        self.routes: Routes | None = None
+        self.fenced: dict[int, None] = {}
+        self.term = 0
+        self._arrived = Signal()
+        self._reconciling = False
+        self._turn = Signal()
+        self._registering: Task | None = None
+        self.outbound = Outbound(self)
+        self.spawn(self._start(), "start")
+
+    def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> Task:
+        return self.kernel.spawn(self.process, coro, name)
+
+    async def pool(self) -> None:
+        """A hop to the pool, or none."""
+        if self.world.rng.random() < self.world.profile.pooled:
+            await self.kernel.sleep(self.world.rng.uniform(0.0, self.world.profile.pool_s))
+
+    async def call(self, method: str, request: Any, timeout: float = CALL_S) -> Any:
+        """Ask the coordinator."""
+        return await self.net.call(self.process, "coordinator", method, request, timeout)
+
+    # --- registration, beats, the map ---
+
+    async def _start(self) -> None:
+        await self._register()
+        self.spawn(self._beat(), "beat")
+        self.spawn(self._watch(), "watch")
+        self.spawn(self._wish(), "wishes")
+
+    async def _register(self) -> None:
+        name, backoff = self.ref.node, Backoff(self.world.rng, cap=1.0)
+        hello = ServerRow(name, self.ref.incarnation, f"{name}", f"{name}", f"host-{name}", "0", b"k", 0)
+        while True:
+            try:
+                await self.call("register_server", hello)
+                return
+            except ParameshError as error:
+                if error.reason == "INCARNATION":
+                    self.kernel.note(f"{self.ref} ends: {error}")
+                    self.world.end(self)
+                    return
+            await self.kernel.sleep(backoff.next())
+
+    async def _beat(self) -> None:
+        nonce, who = 0, NodeKey("server", *self.ref)
+        while True:
+            try:
+                nonce, unknown = await self.call("beat", (who, nonce), timeout=BEAT_S * 0.9)
+                if unknown and (self._registering is None or self._registering.done):
+                    self._registering = self.spawn(self._register(), "register again")
+            except ParameshError:
+                pass
+            await self.kernel.sleep(BEAT_S)
+
+    async def _watch(self) -> None:
+        backoff = Backoff(self.world.rng, cap=1.0)
+        while True:
+            try:
+                routes = await self.call("watch", self.routes.version if self.routes else 0, timeout=3.0)
+                self.set_map(routes)
+                backoff = Backoff(self.world.rng, cap=1.0)
+            except ParameshError:
+                await self.kernel.sleep(backoff.next())
+
+    # --- wishes.py ---
+
+    async def _wish(self) -> None:
+        while True:
+            changes = self._collect()
+            if changes:
+                try:
+                    _, routes = await self.call("change_isr", (self.ref, changes))
+                    self.set_map(routes)
+                except ParameshError:
+                    pass
+            await self.kernel.sleep(LOOK_S)
+
+    def _collect(self) -> list[tuple[int, int, int, tuple[Ref, ...], str]]:
+        changes = []
+        for slot in list(self.held.values()):
+            if slot.replica.role is not Role.PRIMARY or slot.closed:
+                continue
+            before = slot.replica.commit
+            wish = slot.replica.insync.wish(self.kernel.now)
+            if slot.replica.commit != before:
+                slot.stir()
+            if wish is not None:
+                epoch = slot.replica.machine.epoch
+                self.kernel.note(f"{self.ref.node} wishes p{slot.number} {sorted(wish.isr)} because {wish.why}")
+                changes.append((slot.number, epoch, wish.version, tuple(sorted(wish.isr)), wish.why))
+        return changes
+
+    # --- placement.py ---
+
+    def set_map(self, routes: Routes) -> None:
+        """`CoordinatorLink.set_map`, and everybody who listens."""
+        if self.routes is not None and routes.version <= self.routes.version:
+            return
+        self.routes = routes
+        self.term = max(self.term, routes.map.term)
+        self.spawn(self._follow(routes), "follow")
+
+    async def refresh(self) -> None:
+        self.set_map(await self.call("get_map", None))
+
+    def mine(self, number: int) -> bool:
+        return self.routes is not None and number in self.routes and self._is_mine(self.routes.partition(number))
+
+    def listed(self, number: int) -> bool:
+        return self.routes is not None and number in self.routes and self._keeps(self.routes.partition(number))
+
+    def _is_mine(self, row: pb.Partition) -> bool:
+        return row.primary == self.me and row.state != pb.PARTITION_STATE_OFFLINE
+
+    def _keeps(self, row: pb.Partition) -> bool:
+        return row.primary == self.me or self.me in row.isr or self.me in row.learners
+
+    async def _follow(self, routes: Routes) -> None:
+        while self._reconciling:
+            await self._turn.next
+        if routes is not self.routes:
+            return
+        self._reconciling = True
+        await self._reconcile(routes)
+        self._reconciling = False
+        self._turn.fire()
+
+    async def _reconcile(self, routes: Routes) -> None:
+        rows = {row.id: row for row in routes.map.partitions}
+        for number in [n for n in self.held if n not in rows or not self._keeps(rows[n])]:
+            self.kernel.note(f"{self.ref.node} drops p{number}")
+            await self.held.pop(number).close()
+        for number, row in rows.items():
+            here = number in self.held or row.state != pb.PARTITION_STATE_OFFLINE
+            if self._keeps(row) and here:
+                await self._hold(row)
+
+    async def _hold(self, row: pb.Partition) -> None:
+        slot = self.held.get(row.id)
+        if slot is None:
+            machine = await self.make(row)
+            slot = self.held[row.id] = Slot(self, Replica(machine, self.ref))
+            self._arrived.fire()
+        mine, before = self._is_mine(row), slot.replica.role
+        if await take_role(slot, row, mine=mine, dead=self._dead()):  # type: ignore[arg-type]
+            self.kernel.note(f"{self.ref.node} leads p{row.id} epoch={row.epoch} lsn={slot.replica.machine.log.lsn}")
+            await slot.run(lambda: self._fence_remembered(slot))
+        elif before is Role.PRIMARY and not mine:
+            self.kernel.note(f"{self.ref.node} hears of p{row.id} epoch={row.epoch} role={slot.replica.role.value}")
+        slot.stir()
+        self.outbound.sync(slot)
+
+    def _dead(self) -> frozenset[Ref]:
+        assert self.routes is not None
+        gone = (pb.NODE_STATE_DEAD, pb.NODE_STATE_LEFT)
+        return frozenset(Ref.of(node.ref) for node in self.routes.map.nodes if node.state in gone)
+
+    def _fence_remembered(self, slot: Slot) -> None:
+        for client in sorted(self.fenced):
+            slot.partition.fence(client)
+
+    async def make(self, row: pb.Partition) -> Partition:
+        """An empty replica."""
+        await self.kernel.sleep(self.world.rng.uniform(0.0, 0.01))
+        spec, layouts = self.world.schema(row.table_id)
+        return Partition(row.id, row.table_id, layouts[row.index], spec, epoch=row.epoch, budget=Budget(1 << 30))
+
+    # --- shards.py ---
+
+    async def find(self, number: int, epoch: int) -> Slot:
+        """The slot, if this process is its primary or about to be; at that epoch."""
+        slot = await self._find(number)
+        slot.partition.check_epoch(epoch)
+        return slot
+
+    async def _find(self, number: int) -> Slot:
+        slot = self.held.get(number)
+        if slot is not None and slot.replica.serving:
+            return slot
+        if self.routes is None or number not in self.routes:
+            await self.refresh()
+        if self.mine(number):
+            slot = await self._wait_for(number)
+            if slot is not None:
+                return slot
+        raise refuse("NOT_READY" if self.mine(number) else "NOT_PRIMARY", f"partition {number}")
+
+    async def _wait_for(self, number: int) -> Slot | None:
+        deadline = self.kernel.now + ARRIVAL_S
+        while self.kernel.now < deadline:
+            slot = self.held.get(number)
+            if slot is None:
+                await self.kernel.wait(self._arrived.next, deadline - self.kernel.now)
+            elif slot.replica.serving:
+                return slot
+            else:
+                await slot.stirred(deadline - self.kernel.now)
+        return None
+
+    async def find_replica(self, number: int) -> Slot | None:
+        """The replica whatever its role, once it is made."""
+        deadline = self.kernel.now + ARRIVAL_S
+        while self.kernel.now < deadline and number not in self.held and self.listed(number):
+            await self.kernel.wait(self._arrived.next, deadline - self.kernel.now)
+        return self.held.get(number)

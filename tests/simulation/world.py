@@ -1,0 +1,432 @@
+"""One seed: a cluster, its clients, what goes wrong, and whether every promise was kept.
+
+    outcome = simulate(seed=17)         # raises Failure: what does not hold, and the story
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from paramesh import hyper
+from paramesh.framing import checksum
+from paramesh.routing import PartitionLayout, cut
+from paramesh.v1 import types_pb2 as pb
+from paramesh_coordinator.config import CoordinatorConfig
+from paramesh_coordinator.rows import ClientState, PartitionState
+from paramesh_coordinator.store.memory import MemoryMedium
+from paramesh_server import log as log_module
+from paramesh_server import partition as partition_module
+from paramesh_server import roles
+from paramesh_server.decisions import Decided
+from paramesh_server.insync import Ref
+from paramesh_server.replica import Role
+from paramesh_server.staging import Contribution, FrameBytes, Staging, assemble
+from paramesh_server.writes import SlotBytes, SlotFrame
+
+from tests.simulation.checks import Checks
+from tests.simulation.clients import AsyncPusher, Client, Owner
+from tests.simulation.coordinator import Coordinator
+from tests.simulation.faults import Faults
+from tests.simulation.kernel import Kernel, Violation
+from tests.simulation.network import Network
+from tests.simulation.server import Server
+from tests.simulation.slots import Slot
+from tests.simulation.workers import Ledger, Worker
+
+ELEMENTS = 192
+"""Of the asynchronous table: one per push."""
+
+PATIENCE_S = 60.0
+"""17: after the faults, everything is done within that much of the world's time."""
+
+
+@dataclass
+class Profile:
+    """What kind of world a seed is."""
+
+    replicas: int = 2
+    servers: int = 3
+    pooled: float = 0.0
+    pool_s: float = 0.01
+    late_maps: float = 0.0
+    late_maps_s: float = 3.0
+    late_wishes: float = 0.0
+    slow_commits: float = 0.0
+    think_s: float = 0.1
+    faults_per_s: float = 1.0
+    faulty_s: float = 8.0
+    kept_records: int = 256
+    pushers: int = 2
+    workers: int = 0
+    steps: int = 12
+    step_s: float = 0.5
+
+    @classmethod
+    def drawn(cls, rng: random.Random, replicas: int = 0) -> Profile:
+        """As a seed draws it."""
+        replicas, pushers = replicas or rng.choice([2, 2, 3]), rng.choice([0, 1, 2, 2])
+        return cls(
+            replicas=replicas,
+            servers=replicas + rng.choice([0, 1, 1, 2]),
+            pooled=rng.choice([0.0, 0.0, 0.3]),
+            pool_s=rng.choice([0.005, 0.05]),
+            late_maps=rng.choice([0.0, 0.0, 0.3]),
+            late_wishes=rng.choice([0.0, 0.0, 0.3]),
+            slow_commits=rng.choice([0.0, 0.0, 0.2]),
+            think_s=rng.choice([0.1, 0.3, 0.6]),
+            faults_per_s=rng.choice([0.5, 1.0, 2.0, 4.0]),
+            faulty_s=rng.choice([5.0, 10.0, 15.0]),
+            kept_records=rng.choice([0, 4, 256]),
+            pushers=pushers,
+            workers=rng.choice([0, 1, 2, 3]) if pushers else 2,
+            steps=rng.choice([6, 12, 20]),
+            step_s=rng.choice([0.3, 1.0]),
+        )
+
+
+class Failure(AssertionError):
+    """A seed that fails: the message is the whole report."""
+
+
+def _spec(name: str, elements: int, partition_bytes: int) -> pb.TableSpec:
+    return pb.TableSpec(
+        name=name,
+        group=name,
+        tensors=[pb.TensorSpec(name="w", shape=[elements], dtype=pb.DTYPE_FLOAT32)],
+        optimizer=pb.OptimizerSpec(class_name="SGD", hyper_parameters=hyper.to_protos({"lr": 1.0})),
+        partition_bytes=partition_bytes,
+    )
+
+
+LEDGER_SPEC = _spec("ledger", 64, 4096)
+"""Partition 0 stands in for the ledger: it is placed, replicated and promoted like any."""
+SPECS = (_spec("pushed", ELEMENTS, 4096), _spec("stepped", 256, 512))
+
+
+@functools.cache
+def _layouts(table: int) -> tuple[PartitionLayout, ...]:
+    return cut(LEDGER_SPEC if table == 0 else SPECS[table - 1])
+
+
+def contribution_of(layout: PartitionLayout, values: numpy.ndarray) -> Contribution:
+    """A gradient of all elements, as it would be received."""
+    data = values.astype(numpy.float32).tobytes()
+    return assemble(layout, b"", [FrameBytes(0, len(data), memoryview(data), checksum((data,)))])
+
+
+class World:
+    """Everything of one seed."""
+
+    specs: Sequence[pb.TableSpec] = SPECS
+    async_partition = 1
+    sync_partitions = (2, 3)
+
+    def __init__(self, seed: int, profile: Profile | None = None) -> None:
+        self.kernel = Kernel(seed)
+        self.rng = self.kernel.rng
+        self.profile = profile or Profile.drawn(self.rng)
+        self.config = CoordinatorConfig(replicas=self.profile.replicas, min_servers=self.profile.servers)
+        self.net = Network(self.kernel, self.rng)
+        self.medium = MemoryMedium()
+        self.checks = Checks(self, seed)
+        self.servers: dict[Ref, Server] = {}
+        self.names = [f"s{i}" for i in range(self.profile.servers)]
+        self.elements: dict[tuple[int, int], int] = {}
+        self.closed: dict[int, None] = {}
+        """Clients that ended or were declared dead."""
+        self.floors = True
+        self.begun = False
+        self.clients: list[Client] = []
+        self.faults = Faults(self)
+        self.ledger = Ledger(self)
+        self.net.nodes["ledger"] = self.ledger
+        self.gradients: dict[tuple[int, int, int, int], numpy.ndarray] = {}
+        """(client, step, partition, attempt) -> what that worker computed."""
+        self._one_hot: dict[tuple[int, int], Contribution] = {}
+        self.start_coordinator()
+        for name in self.names:
+            self.start_server(name)
+        self.owner = self.join(Owner(self, "owner"))
+
+    def join(self, client: Client) -> Client:
+        """A client's process is there."""
+        self.clients.append(client)
+        return client
+
+    def ready(self) -> None:
+        """Every table has its first values: the others begin, and so do the faults."""
+        self.begun = True
+        profile = self.profile
+        for i in range(profile.pushers):
+            pushes, window = self.rng.randint(15, 45), self.rng.choice([1, 3, 5])
+            self.join(AsyncPusher(self, f"pusher{i}", pushes, window))
+        for i in range(profile.workers):
+            self.join(Worker(self, f"worker{i}"))
+        self.faults.start(self.kernel.now + profile.faulty_s)
+
+    # --- processes ---
+
+    def start_coordinator(self) -> None:
+        """On whatever the store holds."""
+        self.coordinator = self.net.nodes["coordinator"] = Coordinator(self)
+
+    def start_server(self, name: str) -> None:
+        """Another incarnation."""
+        incarnation = 1 + sum(ref.node == name for ref in self.servers)
+        server = Server(self, name, incarnation)
+        self.net.nodes[name] = self.servers[server.ref] = server
+
+    def end(self, server: Server, *, told: bool = True, back: float = 0.5) -> None:
+        """A server's process ends; its memory is gone."""
+        if not server.process.alive:
+            return
+        self.kernel.kill(server.process)
+        self.net.died(server.process)
+        if told:
+            self.kernel.at(self.rng.uniform(0.01, 0.1), None, self._report, server, 10)
+        self.kernel.at(back, None, self.start_server, server.ref.node)
+
+    def _report(self, server: Server, tries: int) -> None:
+        """The helper beside the server tells of its end."""
+        node = self.coordinator
+        if node.process.alive and not self.net.blocked(server.ref.node, "coordinator"):
+            self.kernel.at(0.001, node.process, self._tell, node, server.ref)
+        elif tries:
+            self.kernel.at(0.5, None, self._report, server, tries - 1)
+
+    def _tell(self, node: Coordinator, ref: Ref) -> None:
+        self.kernel.spawn(node.process, node.report_exit(ref), "report exit")
+
+    def kill_some_client(self) -> None:
+        """Of a pusher, the rest of its work is nobody's; in a worker's place another comes."""
+        running = [c for c in self.clients[1:] if c.process.alive and not c.finished and c.client_id]
+        if not running:
+            return
+        client = self.rng.choice(running)
+        zombie = self.rng.random() < 0.3
+        self.kernel.note(f"{'PAUSE' if zombie else 'KILL'} {client.name}, client {client.client_id}")
+        self.kernel.at(self.rng.uniform(0.05, 2.0), None, self.declare_dead, client.client_id)
+        if zombie:
+            client.process.paused = True
+            self.kernel.at(self.rng.uniform(0.5, 4.0), None, self.kernel.resume, client.process)
+            return
+        self.kernel.kill(client.process)
+        if isinstance(client, Worker):
+            self.kernel.at(self.rng.uniform(0.1, 3.0), None, self._replace, client.name)
+
+    def _replace(self, name: str) -> None:
+        self.join(Worker(self, f"{name}x"))
+
+    def declare_dead(self, client: int) -> None:
+        """The coordinator is told until it knows."""
+        self.closed[client] = None
+        node = self.coordinator
+        if node.process.alive and not node.process.paused:
+            self.kernel.spawn(node.process, node.client_gone(client), "client gone")
+        else:
+            self.kernel.at(0.5, None, self.declare_dead, client)
+
+    def commit_delay(self) -> float:
+        """Seconds of half a commit of the store."""
+        slow = self.rng.random() < self.profile.slow_commits
+        return self.rng.uniform(0.0, 0.5) if slow else self.rng.uniform(0.0002, 0.002)
+
+    # --- tables ---
+
+    def schema(self, table: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
+        """Of a table id; 0 is the ledger's."""
+        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), _layouts(table)
+
+    def layouts_of(self, spec: pb.TableSpec) -> tuple[PartitionLayout, ...]:
+        """As `schema`."""
+        return _layouts(1 + [s.name for s in SPECS].index(spec.name))
+
+    def layout(self, partition: int) -> PartitionLayout:
+        """Of a partition."""
+        return _layouts(1)[0] if partition == self.async_partition else _layouts(2)[partition - 2]
+
+    def one_hot(self, client: int, seq: int) -> tuple[int, Contribution]:
+        """The element and the gradient of a push: 1 at an element that no other push has."""
+        key = (client, seq)
+        if key not in self.elements:
+            element = self.elements[key] = len(self.elements)
+            values = numpy.zeros(ELEMENTS, dtype=numpy.float32)
+            values[element] = 1.0
+            self._one_hot[key] = contribution_of(self.layout(self.async_partition), values)
+        return self.elements[key], self._one_hot[key]
+
+    def first_values(self) -> dict[int, tuple[SlotFrame, ...]]:
+        """Partition -> what its first assign writes."""
+        found = {}
+        for partition in (self.async_partition, *self.sync_partitions):
+            nbytes = self.layout(partition).nbytes
+            data = self.first_array(partition).tobytes()
+            found[partition] = (SlotFrame(FrameBytes(0, nbytes, memoryview(data), checksum((data,))), ""),)
+        return found
+
+    def first_array(self, partition: int) -> numpy.ndarray:
+        """First values: zeros where pushes are counted, anything where steps are summed."""
+        count = self.layout(partition).nbytes // 4
+        if partition == self.async_partition:
+            return numpy.zeros(count, dtype=numpy.float32)
+        return numpy.random.default_rng(partition).standard_normal(count, dtype=numpy.float32)
+
+    def gradient(self, client: int, step: int, partition: int, attempt: int) -> Contribution:
+        """What a worker computes; another attempt is other numbers."""
+        layout, key = self.layout(partition), (client, step, partition, attempt)
+        values = numpy.random.default_rng(key).standard_normal(layout.nbytes // 4, dtype=numpy.float32)
+        self.gradients[key] = values
+        return contribution_of(layout, values)
+
+    def is_closed(self, client: int) -> bool:
+        """Whether the coordinator has declared it dead, or will."""
+        row = self.coordinator.state.client(client)
+        return client in self.closed or (row is not None and row.state is not ClientState.LIVE)
+
+    def frame_of(self, part: SlotBytes) -> SlotFrame:
+        """A copy of a part of a cut, as it travels."""
+        data = bytes(part.data)
+        return SlotFrame(FrameBytes(part.offset, len(data), memoryview(data), 0), part.slot, part.segment, part.scalar)
+
+    # --- the end ---
+
+    def leader(self, number: int) -> Slot | None:
+        """The primary of the store's row, if it serves under that epoch."""
+        row = self.checks.rows.get(number)
+        server = self.servers.get(Ref(*row.primary)) if row is not None else None
+        slot = server.held.get(number) if server is not None and server.process.alive else None
+        if slot is None or row is None or row.state is not PartitionState.ONLINE:
+            return None
+        return slot if slot.replica.serving and slot.replica.machine.epoch == row.epoch else None
+
+    def lost(self) -> bool:
+        """Whether a partition has no live member of its in-sync set: nothing is promised then."""
+        rows = self.checks.rows.values()
+        return any(not self._alive(ref) for row in rows for ref in [None] if not any(map(self._alive, row.isr)))
+
+    def _alive(self, ref: Any) -> bool:
+        server = self.servers.get(Ref(*ref)) if ref is not None else None
+        return server is not None and server.process.alive
+
+    def settled(self) -> bool:
+        """Whether all work is done, and every replica has all of it."""
+        if not self.faults.over or any(not c.finished and c.process.alive for c in self.clients):
+            return False
+        return all(self._caught_up(number) for number in self.checks.rows)
+
+    def _caught_up(self, number: int) -> bool:
+        slot = self.leader(number)
+        if slot is None:
+            return False
+        row, at = self.checks.rows[number], slot.replica.machine.log.last
+        slots = [self.servers[Ref(*ref)].held.get(number) for ref in row.isr if self._alive(ref)]
+        full = len(row.isr) >= min(self.profile.replicas, self.profile.servers)
+        return full and all(s is not None and s.replica.machine.log.last == at for s in slots)
+
+    def waits_for(self) -> str:
+        """Why it is not settled."""
+        open_clients = [c.name for c in self.clients if not c.finished and c.process.alive]
+        behind = []
+        for number, row in self.checks.rows.items():
+            if not self._caught_up(number):
+                slots = {r.name: self.servers[Ref(*r)].held.get(number) for r in row.holders if self._alive(r)}
+                behind.append((row, {n: s and (s.replica.role.value, s.replica.last) for n, s in slots.items()}))
+        return f"clients {open_clients}, partitions {behind}"
+
+    def close(self) -> None:
+        """End every process."""
+        nodes = [*self.net.nodes.values(), *self.servers.values(), *self.clients]
+        for node in nodes:
+            self.kernel.kill(node.process)
+
+    def run(self) -> str:
+        """Until all is done; what became of it."""
+        self.kernel.run(20.0, lambda: self.begun)
+        if not self.begun:
+            raise Violation("17: the cluster did not form")
+        self.kernel.run(self.kernel.now + self.profile.faulty_s + 0.1, lambda: self.faults.over)
+        self.kernel.run(self.kernel.now + PATIENCE_S, self.settled)
+        if self.lost():
+            return "lost"
+        if not self.settled():
+            raise Violation(f"17: not done {PATIENCE_S:g} s after the faults; waits for {self.waits_for()}")
+        self.checks.quiescent()
+        return "done"
+
+
+class _Clock:
+    """Stands in for `time` where the real code reads it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def monotonic(self) -> float:
+        return self._kernel.now
+
+
+@contextlib.contextmanager
+def _installed(world: World) -> Iterator[None]:
+    """The world's clock and limits, in the modules that have their own."""
+    before, level = (roles.time, log_module.KEPT_RECORDS), roles.log.level
+    roles.log.setLevel(logging.ERROR)
+    gather = partition_module.gather
+
+    def gathering(record: pb.StepRecord, partition: int, staging: Staging) -> Decided:
+        decided = gather(record, partition, staging)
+        world.checks.gathered[partition, record.step] = decided.without
+        return decided
+
+    partition_module.gather = gathering  # type: ignore[attr-defined]
+    roles.time, log_module.KEPT_RECORDS = _Clock(world.kernel), world.profile.kept_records  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        roles.time, log_module.KEPT_RECORDS = before
+        roles.log.setLevel(level)
+        partition_module.gather = gather  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a seed that holds."""
+
+    seed: int
+    how: str
+    steps: int
+    seconds: float
+    world: World
+
+
+def simulate(seed: int, replicas: int = 0, **changes: Any) -> Outcome:
+    """Run one seed.
+
+    Raises:
+        Failure: an invariant does not hold; the message is its story.
+    """
+    world = World(seed, Profile.drawn(random.Random(seed), replicas))
+    for name, value in changes.items():
+        setattr(world.profile, name, value)
+    try:
+        with _installed(world):
+            how = world.run()
+    except Exception as error:
+        raise Failure(_story(seed, replicas, world, error)) from error
+    finally:
+        world.close()
+    return Outcome(seed, how, world.kernel.steps, world.kernel.now, world)
+
+
+def _story(seed: int, replicas: int, world: World, error: Exception) -> str:
+    again = f"make sim SEED={seed}" + (f" REPLICAS={replicas}" if replicas else "")
+    lines = "\n".join(world.kernel.trace)
+    return f"seed {seed} fails: {error!r}\n{world.profile}\n{lines}\nreplay: {again}"
+
+
+__all__ = ["Failure", "Outcome", "Profile", "Role", "World", "simulate"]
