@@ -100,7 +100,7 @@ def _policy(spec: pb.TableSpec) -> str:
 def form_ledger(draft: Draft, min_servers: int) -> None:
     """Place partition 0 when enough servers are there; once in a job's life."""
     servers = [row for row in draft.live_servers() if not row.draining]
-    if _has_ledger(draft) or len(servers) < min_servers:
+    if _has_ledger(draft) or len(servers) < min_servers or draft.job.restoring:
         return
     replicas = draft.job.replicas
     (names,) = place_replicas([0], replicas, loads_of(servers, ()))
@@ -145,6 +145,8 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
     if known is not None:
         return known
     servers = draft.live_servers()
+    if draft.job.restoring:
+        raise refuse("NOT_READY", f"table {spec.name!r} waits until {draft.job.restoring} is restored")
     if not servers or not _has_ledger(draft):
         raise refuse("NOT_READY", f"table {spec.name!r} waits for servers; {len(servers)} registered so far")
     first = draft.job.next_partition

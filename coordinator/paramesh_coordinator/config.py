@@ -87,6 +87,21 @@ class CoordinatorConfig:
     """Moves partitions by itself when servers came or went and bytes are uneven by more than
     20 %. Off: only draining and `psctl move` and `rebalance` move anything."""
 
+    checkpoint_dir: str = ""
+    """Where checkpoints go: a directory that the coordinator and all servers share, or a URL."""
+
+    checkpoint_seconds: float = 0.0
+    """Between two checkpoints. 0: not by time."""
+
+    checkpoint_steps: int = 0
+    """Steps of the first group between two checkpoints. 0: not by steps."""
+
+    checkpoint_keep: int = 3
+    """Periodic checkpoints that are kept. The newest complete one is never removed."""
+
+    restore: str = ""
+    """A checkpoint to begin with: its URL. Only on a fresh state; a restart does not load it again."""
+
     insecure: bool = False
     """Allows a bind that other machines can reach, although traffic is not encrypted."""
 
@@ -109,7 +124,18 @@ class CoordinatorConfig:
             raise _wrong("replicas", f"is {self.replicas}, and must be within 1 and {MAX_REPLICAS}")
         if not 1 <= self.min_isr <= self.replicas:
             raise _wrong("min_isr", f"is {self.min_isr}, and must be within 1 and replicas ({self.replicas})")
+        self._check_checkpoints()
         self._check_times()
+
+    def _check_checkpoints(self) -> None:
+        if (self.checkpoint_seconds or self.checkpoint_steps) and not self.checkpoint_dir:
+            raise _wrong("checkpoint_every", "says when, and --checkpoint-dir must say where")
+        if self.checkpoint_keep < 1:
+            raise _wrong("checkpoint_keep", f"is {self.checkpoint_keep}, and must be at least 1")
+        if not (math.isfinite(self.checkpoint_seconds) and 0 <= self.checkpoint_seconds <= 31 * 86400):
+            raise _wrong("checkpoint_every", f"is {self.checkpoint_seconds} s, and must be within 0 and 31 days")
+        if self.checkpoint_steps < 0:
+            raise _wrong("checkpoint_every", f"is {self.checkpoint_steps} steps, and must not be negative")
 
     def _check_times(self) -> None:
         for key in ("heartbeat_interval", "failure_timeout", "client_timeout", "push_timeout"):

@@ -86,8 +86,8 @@ def settle(draft: Draft, revived: Ref | None = None) -> Settled:
             load[part.primary] += part.nbytes
     settled = Settled()
     for part in parts:
-        if part.state is PartitionState.ONLINE and part.primary in live:
-            continue
+        if part.state is PartitionState.RESTORING or (part.state is PartitionState.ONLINE and part.primary in live):
+            continue  # what is restored has one copy, on disk: `restoring` places it anew
         new = _successor(draft, part, servers[part.primary], live, load, revived)
         if new is not None:
             load[new] += part.nbytes

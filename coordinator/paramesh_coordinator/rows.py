@@ -40,6 +40,8 @@ class PartitionState(enum.StrEnum):
 
     ONLINE = "online"
     OFFLINE = "offline"
+    RESTORING = "restoring"
+    """Its primary loads it from a checkpoint; it holds nothing else."""
 
 
 class Stage(enum.StrEnum):
@@ -79,6 +81,7 @@ _MOVES: dict[type[enum.StrEnum], dict[enum.StrEnum, frozenset[enum.StrEnum]]] = 
     PartitionState: {
         PartitionState.ONLINE: frozenset({PartitionState.OFFLINE}),
         PartitionState.OFFLINE: frozenset({PartitionState.ONLINE}),
+        PartitionState.RESTORING: frozenset({PartitionState.ONLINE}),
     },
     Stage: {
         Stage.EVICT: frozenset({Stage.FENCE}),
@@ -135,6 +138,8 @@ class JobRow:
     """Writes are refused while a partition has fewer in-sync replicas."""
     generation: int = 1
     """Raised by a restore; requests of an older one are refused."""
+    restoring: str = ""
+    """URL of the checkpoint that is being loaded; empty: none."""
     map_version: int = 0
     """Raised by every change of the map."""
     next_client: int = 1

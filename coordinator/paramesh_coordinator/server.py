@@ -15,6 +15,7 @@ from paramesh.channel import SERVER_OPTIONS, grpc
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
+from paramesh.v1.checkpoint_pb2_grpc import add_CheckpointsServicer_to_server
 from paramesh.v1.coordinator_pb2_grpc import (
     add_AdminServicer_to_server,
     add_CatalogServicer_to_server,
@@ -24,7 +25,9 @@ from paramesh.v1.coordinator_pb2_grpc import (
 )
 
 from paramesh_coordinator.admin import AdminService
+from paramesh_coordinator.checkpoint_admin import CheckpointsService
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
+from paramesh_coordinator.custody import Custody
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.errands import Errands
 from paramesh_coordinator.planning import Planning
@@ -54,6 +57,7 @@ class CoordinatorServer:
         self._driver: Driver | None = None
         self._errands: Errands | None = None
         self._planning: Planning | None = None
+        self._custody: Custody | None = None
         self._server: grpc.aio.Server | None = None
         self._address = ""
 
@@ -80,12 +84,15 @@ class CoordinatorServer:
             self._store = self._given_store or _open(self.config)
             self._driver = Driver(self.config, self._store)
             self._check_job(self._driver)
+            fresh = self._driver.state.job.map_version == 0
             await self._driver.start()
             self._errands = Errands(self._driver)
             self._errands.start()
             self._planning = Planning(self._driver)
             self._planning.start()
-            await _serve(server, self._driver)
+            self._custody = Custody(self._driver, fresh=fresh)
+            await self._custody.start()
+            await _serve(server, self._driver, self._custody)
         except BaseException as error:
             await server.stop(None)
             await self.stop()
@@ -115,6 +122,9 @@ class CoordinatorServer:
         if self._server is not None:
             await self._server.stop(GRACE_SECONDS)
             self._server = None
+        if self._custody is not None:
+            await self._custody.stop()
+            self._custody = None
         if self._planning is not None:
             await self._planning.stop()
             self._planning = None
@@ -147,7 +157,7 @@ def _bind(server: grpc.aio.Server, bind: str) -> str:
     return f"{host}:{port}"
 
 
-async def _serve(server: grpc.aio.Server, driver: Driver) -> None:
+async def _serve(server: grpc.aio.Server, driver: Driver, custody: Custody) -> None:
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
     add_MembershipServicer_to_server(MembershipService(driver), server)
@@ -155,6 +165,7 @@ async def _serve(server: grpc.aio.Server, driver: Driver) -> None:
     add_CatalogServicer_to_server(CatalogService(driver), server)
     add_ReplicasServicer_to_server(ReplicasService(driver), server)
     add_AdminServicer_to_server(AdminService(driver), server)
+    add_CheckpointsServicer_to_server(CheckpointsService(driver, custody), server)
     healthy = health.aio.HealthServicer()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -104,6 +104,7 @@ class MembershipService(MembershipServicer):
 
     async def RegisterHost(self, request: co.RegisterHostRequest, context: Context) -> co.RegisterHostResponse:
         """Decide."""
+        request.request.generation = 0  # a supervisor lives on through a restore
         check(self._driver, request.request, registering=True)
         hello = HostRow(request.name, request.incarnation, request.host_id, request.slots)
         await self._driver.decide(lambda draft: membership.register_host(draft, hello, replace=request.replace))
