@@ -185,6 +185,32 @@ class Cluster:
         server = self._servers.pop(index)
         self._io.run(server.kill(), STOP_SECONDS, f"server {index} to end")
 
+    def add_server(self) -> int:
+        """Start one more server; returns its index when it is registered."""
+        self._server_count += 1
+        index = self._server_count - 1
+        self._io.run(self._start_server(index), START_SECONDS, f"server {index} to start")
+        return index
+
+    def stop_server(self, index: int, drain: float = 25.0) -> list[int]:
+        """Stop server `index` as SIGTERM does: it gives its partitions away first.
+
+        Args:
+            index: which.
+            drain: seconds that this may take.
+
+        Returns:
+            Partitions that were lost with it.
+
+        Raises:
+            KeyError: there is no such server, or it was stopped or killed before.
+        """
+        server = self._servers[index]
+        lost = self._io.run(server.drain(drain), drain + STOP_SECONDS, f"server {index} to drain")
+        del self._servers[index]
+        self._io.run(server.stop(), STOP_SECONDS, f"server {index} to stop")
+        return lost
+
     def restart_coordinator(self, downtime: Callable[[], object] | None = None) -> None:
         """Stop the coordinator and start it again on its file and address.
 

@@ -335,7 +335,7 @@ class Drained:
     held: tuple[int, ...]
     """Partitions of which it holds a replica."""
     moving: tuple[int, ...]
-    """Of these, the ones on their way."""
+    """Of these, the ones on their way, or whose turn comes."""
     only: tuple[int, ...]
     """Of these, the ones that nobody else has in sync."""
     nowhere: bool
@@ -375,7 +375,9 @@ def _how_far(draft: Draft, ref: Ref, nowhere: bool) -> Drained:
     live = {row.ref for row in draft.live_servers()}
     parts = draft.rows(PartitionRow)
     held = [p for p in parts if ref in p.holders or ref == p.primary]
-    moving = {row.partition for row in _open_moves(draft) if row.source == ref}
+    # One that another move or a repair holds up gets its own move after that.
+    moving = {row.partition for row in _open_moves(draft)}
+    moving |= {p.partition for p in held if p.learners and p.state is PartitionState.ONLINE}
     only = [p.partition for p in held if ref in p.isr and not any(r in live for r in p.isr if r != ref)]
     numbers = [p.partition for p in held]
     return Drained(tuple(numbers), tuple(n for n in numbers if n in moving), tuple(only), nowhere)

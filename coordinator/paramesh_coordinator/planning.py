@@ -110,10 +110,10 @@ class Planning:
 
     def _is_due(self) -> bool:
         state = self._driver.state
-        if state.job.map_version == self._planned and not self._driver.recent.waits:
-            return False
         if state.job.unsettled or state.moves() or any(row.draining for row in state.live_servers()):
             return True
+        if state.job.map_version == self._planned and not self._driver.recent.waits:
+            return False
         live = {row.ref for row in state.live_servers()}
         if not replicas.is_even(state.rows(PartitionRow).values(), live):
             return True

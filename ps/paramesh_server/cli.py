@@ -33,13 +33,15 @@ GROUPS = {
     "cluster": ("coordinator", "job", "name", "replace"),
     "addresses": ("bind", "control_bind", "advertise", "insecure"),
     "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes"),
+    "ending": ("drain_timeout",),
     "observation": ("metrics_port", "reflection"),
 }
 """The flags of --help, together with what they are about."""
 
 METAVARS = {
     "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
-    "advertise": "HOST", "staged_bytes": "BYTES", "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES",
+    "advertise": "HOST", "drain_timeout": "SECONDS", "staged_bytes": "BYTES",
+    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES",
     "metrics_port": "PORT",
 }  # fmt: skip
 
@@ -52,7 +54,8 @@ examples:
   ps-coordinator --state run.sqlite
       no coordinator yet? it comes first, and workers last: ps-worker --coordinator 127.0.0.1:7070 train.py
 
-exit status: 0 after SIGTERM or Ctrl-C; 1 if the coordinator refused this server; 2 for a mistake in the options."""
+exit status: 0 after SIGTERM or Ctrl-C; 1 if the coordinator refused this server, or if it ended with partitions
+that only it had and that could not go elsewhere in time; 2 for a mistake in the options."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -121,8 +124,8 @@ def run(*, log_level: LogLevel, version: bool, **settings: Any) -> None:
     """Hold partitions of the model: sum the workers' gradients, run the optimizer, serve values.
 
     Start as many as there is memory or bandwidth to share: one process moves about 3 GB/s. A server
-    waits for its coordinator and outlives it. SIGTERM or Ctrl-C stops it cleanly. It holds its
-    partitions in memory only.
+    waits for its coordinator and outlives it. It holds its partitions in memory only. SIGTERM has it give
+    them to other servers first, for --drain-timeout at most; Ctrl-C, or a second SIGTERM, stops it at once.
     """
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -155,30 +158,59 @@ async def _run(config: ServerConfig) -> int:
     keep_big_buffers()
     if config.insecure:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
-    stop = asyncio.Event()
+    asked, stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, lambda: (stop if asked.is_set() else asked).set())
     server = ParameterServer(config)
     stopping = asyncio.ensure_future(stop.wait())
-    working = asyncio.ensure_future(_work(server))
+    working = asyncio.ensure_future(_work(server, asked))
     await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if working.done():
-        working.result()  # raises why
+    lost = working.result() if working.done() else []  # raises why
     working.cancel()
     await asyncio.wait((working,))
-    log.info("stopped name=%s", config.name)
-    return 0
+    if lost:
+        log.error("stopped name=%s lost partitions=%s: only this process had them", config.name, lost)
+    else:
+        log.info("stopped name=%s", config.name)
+    return 1 if lost else 0
 
 
-async def _work(server: Any) -> None:
-    """Serve until cancelled, or until the coordinator does not want this process."""
-    await server.start()
+async def _work(server: Any, asked: asyncio.Event) -> list[int]:
+    """Serve until cancelled, or until the coordinator does not want this process, or SIGTERM.
+
+    Returns:
+        Partitions that end with this process although they could have gone elsewhere.
+    """
+    starting = asyncio.ensure_future(server.start())
+    wanted = asyncio.ensure_future(asked.wait())
     try:
-        await server.wait()
+        await asyncio.wait((starting, wanted), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait((starting,))
+            return []
+        starting.result()
+        try:
+            return await _serve(server, wanted)
+        finally:
+            await server.stop()
     finally:
-        await server.stop()
+        wanted.cancel()
+        starting.cancel()
+
+
+async def _serve(server: Any, wanted: asyncio.Future[Any]) -> list[int]:
+    ended = asyncio.ensure_future(server.wait())
+    try:
+        await asyncio.wait((ended, wanted), return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            ended.result()  # raises why
+        lost: list[int] = await server.drain(server.config.drain_timeout)
+        return lost
+    finally:
+        ended.cancel()
 
 
 def main() -> NoReturn:

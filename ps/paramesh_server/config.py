@@ -68,6 +68,10 @@ class ServerConfig:
     capacity_bytes: int = 0
     """How many bytes of values the coordinator may place here. 0: no bound."""
 
+    drain_timeout: float = 25.0
+    """Seconds that SIGTERM leaves this server to give its partitions to others before it ends. 0: it ends
+    at once. Below the 30 s after which Kubernetes kills."""
+
     metrics_port: int = 0
     """Port of the Prometheus page on the host of --bind. 0: none."""
 
@@ -113,6 +117,8 @@ class ServerConfig:
             raise _wrong("heartbeat", f"{self.heartbeat!r} is none of {', '.join(HEARTBEATS)}")
         if not 0 <= self.name_patience <= 3600:
             raise _wrong("name_patience", f"is {self.name_patience}, and must be within 0 and 3600")
+        if not 0 <= self.drain_timeout <= 86400:
+            raise _wrong("drain_timeout", f"is {self.drain_timeout}, and must be within 0 and 86400")
         if self.advertise and ":" in self.advertise.strip("[]") and not self.advertise.startswith("["):
             raise _wrong("advertise", f"{self.advertise!r} is a host without a port")
 

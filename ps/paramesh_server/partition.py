@@ -43,7 +43,7 @@ from paramesh_server.records import (
     step_body,
 )
 from paramesh_server.requests import Outcome, StagedAt, Update
-from paramesh_server.staging import Budget, Contribution, Staging
+from paramesh_server.staging import Budget, Contribution, StagedKey, Staging
 from paramesh_server.writes import SlotBytes, SlotFrame, cut_slots, plan_writes, tensor_bytes
 
 
@@ -185,6 +185,22 @@ class Partition:
             if error.reason not in ("NOT_STAGED", "NEED_STEPS"):
                 raise
         return Outcome(0, duplicate=not fresh)
+
+    def take_staged(self, key: StagedKey, contribution: Contribution) -> bool:
+        """Hold what an earlier primary had admitted and staged; false if it is not needed.
+
+        Whoever was fenced since stays out of later steps, and not out of this one.
+
+        Raises:
+            ParameshError: SEQ_REUSED, QUOTA, MISSING_FIELD; UNKNOWN_GROUP.
+        """
+        group, step, client, attempt = key
+        self._check_group(group)
+        if self.initialising or step < self.applied_step:
+            return False
+        fresh = self.staging.put(group, step, client, attempt, contribution)
+        self._group, self._trained = group, True
+        return fresh
 
     def _need_steps(self, wanted: int) -> ParameshError:
         return refuse(

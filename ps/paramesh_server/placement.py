@@ -23,11 +23,12 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh.v1.coordinator_pb2_grpc import CatalogStub, MapServiceStub
 
 from paramesh_server.aggregate import Workspace
+from paramesh_server.handover import HandOver, leads_elsewhere
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import NOT_MADE, LedgerHost
 from paramesh_server.partition import Partition
 from paramesh_server.roles import take_role
-from paramesh_server.shards import Shards, Slot
+from paramesh_server.shards import Held, Shards, Slot
 from paramesh_server.staging import Budget
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ LEDGER = 0
 
 CALL_S = 3.0
 """Deadline of one look at the coordinator on behalf of a waiting request."""
+
+
+async def _nothing_staged(held: Held, row: pb.Partition) -> None:
+    """For tests of placement alone."""
 
 
 class Placement:
@@ -65,6 +70,8 @@ class Placement:
         self._me = me
         self._ref = Ref.of(me)
         self._follow_up = follow
+        self.hand_over: HandOver = _nothing_staged
+        """Called, and awaited, with a replica here that leads no longer, before it is let go of."""
         self._job = job
         self._link = link
         self._shards = shards
@@ -151,6 +158,10 @@ class Placement:
             await self._drop_all()
         self.generation = routes.generation
         rows = {row.id: row for row in routes.map.partitions}
+        for number, held in list(self._shards.held.items()):
+            if leads_elsewhere(held, rows.get(number), self._me):
+                log.warning("partition=%d goes to=%s epoch=%d", number, rows[number].primary.node, rows[number].epoch)
+                await self.hand_over(held, rows[number])
         for number in [n for n in self._shards.held if n not in rows or not self._keeps(rows[n])]:
             log.info("partition=%d dropped map_version=%d", number, routes.version)
             await self._shards.drop(number)

@@ -34,6 +34,8 @@ from paramesh_server.config import ServerConfig, parse_address
 from paramesh_server.control import ServerControl
 from paramesh_server.counters import Counters
 from paramesh_server.cuts import Cuts
+from paramesh_server.draining import Draining
+from paramesh_server.handover import Handover
 from paramesh_server.inbound import Inbound
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
@@ -122,6 +124,10 @@ class ParameterServer:
         self._placement = Placement(
             me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
         )
+        self._handover = Handover(
+            config.job, self._generation, ref, lambda: self._shards.routes, self._outbound.channel, self._replica
+        )
+        self._placement.hand_over = self._handover.deposed
         self._inbound = Inbound(config.job, self._generation, ref, self._replica, self._empty, self.counters)
         self._marks = Marks(self._slots)
         self._wishes = Wishes(config.job, self._generation, ref, self._link, self._slots)
@@ -165,6 +171,7 @@ class ParameterServer:
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
         self._orders.register(self._control)
         self._inbound.register(self._control)
+        self._handover.register(self._control)
         self._checkpoints.register(self._control)
         host = config.advertised_host
         self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
@@ -241,6 +248,19 @@ class ParameterServer:
         assert self._ended is not None, "start first"
         await asyncio.shield(self._ended)
 
+    async def drain(self, timeout: float = 25.0) -> list[int]:
+        """Give away what is held here, before `stop`.
+
+        Args:
+            timeout: seconds that it may take.
+
+        Returns:
+            Partitions that only this process has although they could have gone elsewhere.
+        """
+        await self._health_serving(False)
+        me = pb.ReplicaRef(node=self.config.name, incarnation=self.incarnation)
+        return await Draining(me, self.config.job, self._link).run(timeout)
+
     async def stop(self, grace: float = 1.0) -> None:
         """Say goodbye and stop; calls under way have `grace` seconds."""
         await self._stop(grace, goodbye=True)
@@ -255,6 +275,7 @@ class ParameterServer:
         await asyncio.gather(self._data.stop(grace), self._control.stop(grace))
         await self._wishes.stop()
         await self._marks.stop()
+        await self._handover.close()
         await self._outbound.close()
         await self._placement.close()
         self._checkpoints.close()

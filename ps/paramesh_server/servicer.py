@@ -79,7 +79,7 @@ class DataPlane:
         Raises:
             ParameshError: WRONG_PARTITION, NOT_PRIMARY, NOT_READY, STALE_EPOCH, UNKNOWN_EPOCH.
         """
-        held = await self._shards.find(partition)
+        held = await self._shards.find(partition, epoch)
         held.partition.check_epoch(epoch)
         return held
 

@@ -41,6 +41,9 @@ RELEASE_S = 10.0
 """How long an answer waits for followers before its caller hears whom for; five times what
 it takes until a silent follower leaves the set."""
 
+MAP_S = 0.5
+"""How long a request that names a newer epoch waits for the map that says so: it is sent to all at once."""
+
 ARRIVAL_S = 2.0
 """How long a request waits for a partition that the map already gives to this server."""
 
@@ -276,8 +279,12 @@ class Shards:
         if held is not None:
             await held.close()
 
-    async def find(self, partition: int) -> Held:
+    async def find(self, partition: int, epoch: int = 0) -> Held:
         """The partition, if this process is its primary or is about to be.
+
+        Args:
+            partition: its number.
+            epoch: that of the caller's map; if ours is older, ours is on its way.
 
         Raises:
             ParameshError: WRONG_PARTITION, NOT_PRIMARY (with a hint), NOT_READY.
@@ -285,6 +292,8 @@ class Shards:
         held = self.held.get(partition)
         if held is not None and held.replica.serving:
             return held
+        if held is not None and epoch:
+            await self._wait_for_map(held, epoch)
         if partition == LEDGER:
             raise refuse("WRONG_PARTITION", "partition 0 is the ledger's and holds no table", partition=partition)
         if self.routes is None or partition not in self.routes:
@@ -296,6 +305,15 @@ class Shards:
         if partition in self.failed:
             raise self.failed[partition]
         raise self._elsewhere(partition)
+
+    async def _wait_for_map(self, held: Held, epoch: int) -> None:
+        """A client that heard of a move before this process did need not go round again."""
+        deadline = time.monotonic() + MAP_S
+        while self.routes is not None and held.number in self.routes and not held.closed:
+            left = deadline - time.monotonic()
+            if self.routes.partition(held.number).epoch >= epoch or left <= 0:
+                return
+            await held.stirred(left)
 
     async def _look_again(self, partition: int) -> None:
         """A client's map may be newer than ours; one look at the coordinator tells."""

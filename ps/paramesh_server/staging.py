@@ -19,6 +19,9 @@ from paramesh.routing import ALIGN_BYTES, PartitionLayout
 
 from paramesh_server.dedup import Digest, fold
 
+StagedKey = tuple[int, int, int, int]
+"""(group, step, client, attempt)."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrameBytes:
@@ -167,7 +170,7 @@ class Staging:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._held: dict[tuple[int, int, int, int], Contribution] = {}
+        self._held: dict[StagedKey, Contribution] = {}
         """(group, step, client, attempt) -> what came. All attempts stay until the step is applied: only
         the decision says which counts, and it may name one that the worker has tried to replace."""
 
@@ -200,6 +203,10 @@ class Staging:
     def get(self, group: int, step: int, client: int, attempt: int) -> Contribution | None:
         """The contribution of exactly this attempt, if held."""
         return self._held.get((group, step, client, attempt))
+
+    def all(self) -> list[tuple[StagedKey, Contribution]]:
+        """Everything that is held, in the order in which it came."""
+        return list(self._held.items())
 
     def drop_through(self, group: int, step: int) -> None:
         """Let go of everything up to and including a step: it is applied."""
