@@ -22,8 +22,9 @@ __all__ = ["Autopsies"]
 
 log = logging.getLogger(__name__)
 
-BETWEEN_SECONDS = 0.05
-"""Between the two looks: a port that is closed and opened again by one live process is not."""
+LOOKS_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Waits before each look. Two refusals in a row count; who is killed beside its helper may end
+a little after it, and after these 1.5 s silence is about to decide anyway."""
 
 
 class Autopsies:
@@ -44,14 +45,19 @@ class Autopsies:
             task.add_done_callback(lambda _: self._looking.pop(ref, None))
 
     async def _look(self, ref: Ref) -> None:
-        for look in range(2):
+        refused = 0
+        for wait in LOOKS_SECONDS:
+            await asyncio.sleep(wait)
             row = next((row for row in self._driver.state.rows(ServerRow).values() if row.ref == ref), None)
             if row is None or row.state in (NodeState.DEAD, NodeState.LEFT):
                 return  # it said goodbye, or its end is known
-            if look:
-                await asyncio.sleep(BETWEEN_SECONDS)
-            if not all(await asyncio.gather(is_gone(row.address), is_gone(row.control_address))):
+            gone = all(await asyncio.gather(is_gone(row.address), is_gone(row.control_address)))
+            refused = refused + 1 if gone else 0
+            if refused == 2:
+                await self._declare(ref)
                 return
+
+    async def _declare(self, ref: Ref) -> None:
         try:
             await self._driver.decide(lambda draft: membership.server_refuses(draft, ref))
         except ParameshError as error:
