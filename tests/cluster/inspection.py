@@ -76,6 +76,11 @@ def inspect(address: str, job: str = "default", state_hash: bool = True) -> dict
     }
 
 
+def inspect_at(address: str, job: str = "default") -> ps.InspectResponse:
+    """What the server at a data address says of its partitions."""
+    return _ask(address, ps_grpc.ParameterServerStub, "Inspect", ps.InspectRequest(request=header(job, 1)))
+
+
 def state_hashes(address: str, job: str = "default") -> dict[int, tuple[int, bytes]]:
     """(lsn, state hash) of every partition."""
     return {

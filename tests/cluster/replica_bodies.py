@@ -8,6 +8,7 @@ of applied pushes: one that is lost or applied twice shows as a count.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from paramesh import session as sessions
 from paramesh.client import Client
 from paramesh.encoded import Encoded
 from paramesh.errors import ParameshError
+from paramesh.io import IoThread
 from torch import nn
 
 from tests.cluster.bodies import digest
@@ -110,11 +112,13 @@ def push(desk: Desk) -> None:
     every other gap above 0.25 s; "below" for a read that lacks what was acknowledged to this
     client; "failed"; at the end "acked", the counts by partition.
     """
-    with paramesh.connect(os.environ["PARAMESH_COORDINATOR"]) as client:
-        names = client.tables()
-        partitions = [client._client.routes.partitions_of(name)[0] for name in names]
-        pushers = {p: _Pusher(desk, client, p) for p in partitions}
-        client._run(_push_all(desk, pushers), "the pushers")
+    address = os.environ["PARAMESH_COORDINATOR"]
+    with contextlib.ExitStack() as stack:
+        tool = stack.enter_context(paramesh.connect(address))
+        partitions = [tool._client.routes.partitions_of(name)[0] for name in tool.tables()]
+        # One client each: an update of unknown outcome ends a client, and one partition's loss is not the others'.
+        pushers = {p: _Pusher(desk, stack.enter_context(paramesh.connect(address)), p) for p in partitions}
+        IoThread.get().run(_push_all(desk, pushers), 600, "the pushers")
         desk.emit("acked", acked={p: one.acked for p, one in pushers.items()},
                   duplicates=sum(one.duplicates for one in pushers.values()))  # fmt: skip
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import paramesh
+from paramesh.client import Client
 from paramesh.v1 import types_pb2 as pb
 
 from tests.cluster import inspection
@@ -90,19 +91,20 @@ class Account:
 
 def account(cluster: ClusterHandle, pushers: list[WorkerHandle]) -> Account:
     """Compare every cell with what was acknowledged to its pusher; the pushers have stopped."""
-    acked = lost = duplicated = 0
     with paramesh.connect(cluster.coordinator_address) as client:
-        for name in client.tables():
-            partition = client._client.routes.partitions_of(name)[0]
-            values = client.pull(name)["w"].tolist()
-            for pusher in pushers:
-                counts = pusher.last("acked")["acked"][str(partition)]
-                for cell, count in enumerate(counts):
-                    found = int(values[pusher.index * OWN + cell])
-                    acked += count
-                    lost += max(0, count - found)
-                    duplicated += max(0, found - count)
+        parts = [account_of(client, name, pusher) for name in client.tables() for pusher in pushers]
+    acked, lost, duplicated = (sum(column) for column in zip(*parts, strict=True))
     return Account(acked, lost, duplicated, sum(len(w.events("below")) for w in pushers))
+
+
+def account_of(client: Client, table: str, pusher: WorkerHandle) -> tuple[int, int, int]:
+    """(acknowledged, lost, duplicated) of one pusher in one table."""
+    (partition,) = client._client.routes.partitions_of(table)
+    values = client.pull(table)["w"].tolist()
+    counts = pusher.last("acked")["acked"][str(partition)]
+    found = [int(v) for v in values[pusher.index * OWN : (pusher.index + 1) * OWN]]
+    lost = sum(max(0, count - there) for count, there in zip(counts, found, strict=True))
+    return sum(counts), lost, sum(max(0, there - count) for count, there in zip(counts, found, strict=True))
 
 
 def recoveries(pushers: list[WorkerHandle], before: dict[int, Row], partitions: list[int]) -> dict[int, dict[str, Any]]:
