@@ -6,7 +6,7 @@ PROTO_VENV := .venv-protos
 WORKERS ?= 2
 export GLOO_SOCKET_IFNAME := lo
 
-.PHONY: help install demo test check bench soak protos protos-check docs clean
+.PHONY: help install demo test test-etcd check bench soak protos protos-check docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ demo: install ## a coordinator, 2 servers and 2 workers train handwritten digits
 
 test: install ## the whole suite, under 12 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m 'not soak'
+
+test-etcd: install ## the tests of several coordinators on a real etcd; fails where there is none
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m etcd
 
 check: install protos-check ## ruff, mypy strict, import-linter, proto drift
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ for _name in [name for name in os.environ if name.startswith("PARAMESH_")]:
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.cluster import etcd  # noqa: E402
 from tests.cluster.handle import ClusterHandle  # noqa: E402
 
 # An example that is slow because the machine is busy is no failure: no test depends on the clock.
@@ -96,9 +97,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soak tests run when asked for (`-m soak`), not by accident."""
-    if "soak" in (config.getoption("markexpr") or ""):
-        return
-    soak = [item for item in items if item.get_closest_marker("soak")]
-    config.hook.pytest_deselected(items=soak)
-    items[:] = [item for item in items if item not in soak]
+    """Soak tests run when asked for (`-m soak`), not by accident; those of etcd where etcd is, or when asked for."""
+    asked = config.getoption("markexpr") or ""
+    left_out = {"soak"} if "soak" not in asked else set()
+    if "etcd" not in asked and not etcd.available():
+        left_out.add("etcd")
+    apart = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    config.hook.pytest_deselected(items=apart)
+    items[:] = [item for item in items if item not in apart]

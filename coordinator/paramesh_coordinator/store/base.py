@@ -69,6 +69,9 @@ class MetaStore(Protocol):
             A function that ends the watch.
         """
 
+    def when_over(self, callback: Callable[[ParameshError], None]) -> None:
+        """Call `callback`, in any thread, if this handle is known to be over before a commit shows it."""
+
     def close(self) -> None:
         """Let go of the store. Repeatable."""
 

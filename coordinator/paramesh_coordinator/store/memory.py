@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from paramesh.errors import refuse
+from paramesh.errors import ParameshError, refuse
 
 from paramesh_coordinator.store.base import StoreConflict, Watcher, Watchers
 
@@ -65,6 +65,9 @@ class MemoryStore:
     def watch(self, prefix: str, watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` after each commit that touches `prefix`."""
         return self._watchers.add(prefix, watcher)
+
+    def when_over(self, callback: Callable[[ParameshError], None]) -> None:
+        """A newer handle is noticed by the next commit only."""
 
     def close(self) -> None:
         """Nothing to let go of."""

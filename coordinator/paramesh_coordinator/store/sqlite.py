@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from paramesh.errors import ConfigError, refuse
+from paramesh.errors import ConfigError, ParameshError, refuse
 
 from paramesh_coordinator.store.base import StoreConflict, StoreError, Watcher, Watchers
 
@@ -117,6 +117,9 @@ class SqliteStore:
     def watch(self, prefix: str, watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` after each commit that touches `prefix`."""
         return self._watchers.add(prefix, watcher)
+
+    def when_over(self, callback: Callable[[ParameshError], None]) -> None:
+        """A newer handle is noticed by the next commit only."""
 
     def close(self) -> None:
         """Close the file and give up the lock. Repeatable."""
