@@ -21,6 +21,7 @@ from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.placement import Placement
+from paramesh_server.process import fingerprint
 from paramesh_server.servicer import DataPlane
 from paramesh_server.shards import Shards
 from paramesh_server.staging import Budget
@@ -30,6 +31,12 @@ ME = pb.ReplicaRef(node="me", incarnation=11)
 OTHER_ME = pb.ReplicaRef(node="me", incarnation=10)
 THEM = pb.ReplicaRef(node="them", incarnation=1)
 CONTEXT: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_is_warm() -> None:
+    """The first optimizer of a process imports for seconds; a server pays for that before it serves."""
+    fingerprint()
 
 
 class FakeLink:
