@@ -11,7 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["draw_event", "draw_partitions", "draw_status", "draw_tables", "draw_workers", "make_console"]
+__all__ = [
+    "draw_drain", "draw_event", "draw_moves", "draw_partitions", "draw_status", "draw_tables", "draw_workers",
+    "make_console",
+]  # fmt: skip
 
 WIDE = 160
 """Columns when the output is not a terminal: a pipe must not wrap or cut cells."""
@@ -22,6 +25,7 @@ SHOWN_CLOSED = 10
 _COLOURS = {
     "live": "green", "online": "green", "active": "green", "between": "yellow", "idle": "yellow", "left": "dim",
     "degraded": "yellow", "dead": "bold red", "offline": "bold red", "evicted": "red", "unknown": "yellow",
+    "draining": "yellow", "copying": "green", "wanted": "yellow", "done": "dim", "cancelled": "red",
 }  # fmt: skip
 
 
@@ -81,7 +85,8 @@ def _servers(servers: Sequence[dict[str, Any]]) -> RenderableType:
             row["name"], _state(row["state"]), row["address"], _bytes(row["value_bytes"]),
             str(row["online"]), str(row["partitions"]),
             _bytes(row["bytes_in"]), _bytes(row["bytes_out"]),
-            f"{row['silence_s']:.1f} s" if row["state"] == "live" else "-", row["reason"],
+            f"{row['silence_s']:.1f} s" if row["state"] in ("live", "draining") else "-",
+            row["reason"],
         )  # fmt: skip
     return table
 
@@ -132,6 +137,40 @@ def draw_partitions(partitions: Sequence[dict[str, Any]]) -> RenderableType:
 
 def _refs(refs: Sequence[dict[str, str]]) -> str:
     return ", ".join(ref["name"] for ref in refs) or "-"
+
+
+def draw_moves(moves: Sequence[dict[str, Any]]) -> RenderableType:
+    """One line per move."""
+    if not moves:
+        return Text("nothing to move", style="dim")
+    table = _table("moves", ">move", ">partition", "from", "to", ">bytes", "stage", "why")
+    for row in moves:
+        stage, size = _state(row["stage"]), "only the lead" if row["swap"] else _bytes(row["bytes"])
+        if row["reason"]:
+            stage.append(f": {row['reason']}")
+        number = str(row["move"]) if row["move"] else "-"
+        table.add_row(number, str(row["partition"]), row["source"], row["target"], size, stage, row["why"])
+    return table
+
+
+def draw_drain(row: dict[str, Any]) -> RenderableType:
+    """How far a drain is, or that it is over."""
+    held = len(row["held"])
+    if not row["draining"]:
+        return Text(f"{row['server']} is not draining; it holds {held} partitions")
+    if not held:
+        return Text(f"{row['server']} is empty; it can be stopped", style="green")
+    parts = [Text(f"{row['server']} holds {held} partitions, {len(row['moving'])} of them on their way")]
+    if row["stuck"]:
+        why = "no other server can take them: too few, or without room"
+        parts.append(Text(f"{len(row['stuck'])} stay ({_few(row['stuck'])}): {why}", style="yellow"))
+    if row["only_here"]:
+        parts.append(Text(f"no other server has {_few(row['only_here'])}: lost if it ends now", style="bold red"))
+    return Group(*parts)
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
 
 
 def draw_tables(tables: Sequence[dict[str, Any]]) -> RenderableType:

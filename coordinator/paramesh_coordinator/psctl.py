@@ -1,6 +1,7 @@
-"""`psctl`: look at a running cluster.
+"""`psctl`: look at a running cluster, and move its partitions.
 
-psctl status | tables | partitions | workers | events, each with --json and --watch; and promote.
+psctl status | tables | partitions | workers | events | moves, each with --json and --watch;
+move | rebalance | drain | undrain, which wait until it is done; and promote.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from paramesh_coordinator import changing
 from paramesh_coordinator.display import (
+    draw_drain,
     draw_event,
+    draw_moves,
     draw_partitions,
     draw_status,
     draw_tables,
     draw_workers,
     make_console,
 )
+from paramesh_coordinator.following import Moves
 from paramesh_coordinator.inspection import promote, read_events, read_partitions, read_status, read_tables
 
 __all__ = ["main"]
@@ -43,8 +48,11 @@ examples:
       who trains, looked at every second until Ctrl-C
   psctl events --json --limit 1000
       the coordinator's last decisions, as a list of JSON objects
+  psctl drain server-1
+      server-1 gives its partitions to others while training goes on; then it can be stopped
 
-exit status: 0 when it was answered; 1 if the coordinator did not answer or refused; 2 for a mistake in the options."""
+exit status: 0 when it was answered, and done; 1 if the coordinator did not answer or refused, or a move was
+cancelled; 2 for a mistake in the options."""
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, cls=PlainGroup,
@@ -70,6 +78,11 @@ EventsAsJson = Annotated[
 ]
 Watch = Annotated[bool, typer.Option("--watch", help="Look again every second until Ctrl-C.", rich_help_panel=OUTPUT)]
 
+Wait = Annotated[
+    bool,
+    typer.Option("--wait/--no-wait", help="Wait until it is done and show how far it is; or only ask for it."),
+]
+
 Read = Callable[[], Awaitable[Any]]
 
 
@@ -83,6 +96,10 @@ class Target:
     def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
         """Ask with one of `inspection`'s functions."""
         return read(_addresses(self.coordinator), self.job, *more)
+
+    def moves(self, wait: bool, as_json: bool) -> Moves:
+        """Shows moves until they are over."""
+        return Moves(_addresses(self.coordinator), self.job, wait, as_json)
 
 
 def _target(context: typer.Context, coordinator: str | None, job: str | None) -> Target:
@@ -106,9 +123,10 @@ def describe(
     ] = "default",
     version: Annotated[bool, version_option("psctl")] = False,
 ) -> None:
-    """Look at a running Paramesh cluster.
+    """Look at a running Paramesh cluster, and move its partitions.
 
-    It changes nothing. --coordinator and --job may stand before or after the command.
+    Only move, rebalance, drain, undrain and promote change anything. --coordinator and --job may stand before or
+    after the command.
     """
     context.obj = Target(coordinator, job)
 
@@ -179,6 +197,89 @@ def promote_replica(
     target = _target(context, coordinator, job)
     body = _once(lambda: target.read(promote, partition, server), lambda row: draw_partitions([row]), as_json)
     _run(body)
+
+
+@app.command("moves", cls=PlainCommand)
+def show_moves(
+    context: typer.Context,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+) -> None:
+    """Moves: under way, and the last that were over."""
+    target = _target(context, coordinator, job)
+    _show(lambda: target.read(changing.list_moves), draw_moves, as_json, watch)
+
+
+@app.command("move", cls=PlainCommand)
+def move_partition(
+    context: typer.Context,
+    partition: Annotated[int, typer.Argument(min=0, max=2**32 - 1, help="Its number; 0 is the ledger.")],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="Name of the server that gives a copy away.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="Name of the server that gets it.")],
+    coordinator: Coordinator = None,
+    job: Job = None,
+    wait: Wait = True,
+    as_json: AsJson = False,
+) -> None:
+    """Move one copy of a partition to another server, while training goes on.
+
+    If FROM leads the partition, TO leads it afterwards. If TO has a complete copy already, only
+    the lead changes hands. `psctl partitions` shows who holds what.
+    """
+    where = _target(context, coordinator, job)
+    moves = where.moves(wait, as_json)
+    _run(moves.follow(lambda: where.read(changing.start_move, partition, source, target)))
+
+
+@app.command(cls=PlainCommand)
+def rebalance(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be moved.")] = False,
+    coordinator: Coordinator = None,
+    job: Job = None,
+    wait: Wait = True,
+    as_json: AsJson = False,
+) -> None:
+    """Even out bytes over servers: those of leading copies first, then all.
+
+    It happens by itself when servers come or go (unless ps-coordinator --no-rebalance). Nothing is moved if no
+    server is more than 20 % above or below the mean.
+    """
+    where = _target(context, coordinator, job)
+    _run(where.moves(wait and not dry_run, as_json).follow(lambda: where.read(changing.rebalance, dry_run)))
+
+
+@app.command(cls=PlainCommand)
+def drain(
+    context: typer.Context,
+    server: Annotated[str, typer.Argument(help="Name of a live server.")],
+    coordinator: Coordinator = None,
+    job: Job = None,
+    wait: Wait = True,
+    as_json: AsJson = False,
+) -> None:
+    """Have a server give its partitions to others and get no new ones, while training goes on.
+
+    It stays alive; stop it with SIGTERM when it is empty, or take it back with undrain. Exit status 1 if
+    something stays there because no other server can take it.
+    """
+    where = _target(context, coordinator, job)
+    _run(where.moves(wait, as_json).drain(server))
+
+
+@app.command(cls=PlainCommand)
+def undrain(
+    context: typer.Context,
+    server: Annotated[str, typer.Argument(help="Name of a draining server.")],
+    coordinator: Coordinator = None,
+    job: Job = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the draining of a server: it keeps what it has and gets its share again."""
+    where = _target(context, coordinator, job)
+    _run(_once(lambda: where.read(changing.drain, server, True), draw_drain, as_json))
 
 
 @app.command(cls=PlainCommand)
