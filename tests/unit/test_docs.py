@@ -180,7 +180,8 @@ def test_command_lines_use_flags_that_exist(page: str, line: str) -> None:
     verbs = words[:1] if program == "psctl" and words and not words[0].startswith("-") else []
     known = flags_of(program, *verbs) | (flags_of(program) if verbs else frozenset())
     used = {word.partition("=")[0] for word in words[:script] if word.startswith("--")}
-    assert used <= known | TOLD_BY_HELP_ONLY, page
+    negated = {f"--no-{flag.removeprefix('--')}" for flag in known}  # listed beside the other, `--wait, --no-wait`
+    assert used <= known | negated | TOLD_BY_HELP_ONLY, page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
