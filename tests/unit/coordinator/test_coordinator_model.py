@@ -19,7 +19,16 @@ from tests.unit.coordinator.world import World, table_spec
 NAMES = "abcd"
 HOSTS = {"a": "x", "b": "x", "c": "y", "d": ""}
 
-REFUSED = {"NODE_NAME", "INCARNATION", "NOT_READY", "SCHEMA", "PARTITION_OFFLINE", "UNKNOWN_NODE", "WRONG_PARTITION"}
+REFUSED = {
+    "QUOTA",
+    "NODE_NAME",
+    "INCARNATION",
+    "NOT_READY",
+    "SCHEMA",
+    "PARTITION_OFFLINE",
+    "UNKNOWN_NODE",
+    "WRONG_PARTITION",
+}
 
 
 def _came_back(old: PartitionRow, row: PartitionRow) -> bool:
@@ -221,14 +230,49 @@ class Replication(RuleBasedStateMachine):
 
     # --- the coordinator ---
 
-    @rule()
-    def plan(self) -> None:
+    @rule(auto=st.booleans())
+    def plan(self, auto: bool = False) -> None:
         offline = {row.partition for row in self.world.partitions() if row.state is PartitionState.OFFLINE}
-        self._decide(self.world.plan, may=("surplus",))
+        self._decide(self.world.plan, may=("surplus",), auto=auto)
+        moving = {move.partition for move in self.world.state.moves()}
         for row in self.world.partitions():
             wanted = [ref for ref in row.holders if self._state(ref) is NodeState.LIVE]
             if row.partition not in offline and row.state is PartitionState.ONLINE:
-                assert len(wanted) <= max(row.replicas, len(row.isr)), "learners nobody needs"
+                room = max(row.replicas, len(row.isr)) + (row.partition in moving)
+                assert len(wanted) <= room, "learners nobody needs"
+
+    @rule(data=st.data(), source=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
+    def move(self, data: st.DataObject, source: str, to: str) -> None:
+        """An operator moves one replica; perhaps again before the first has gone."""
+        if self.world.partitions():
+            row = data.draw(st.sampled_from(self.world.partitions()))
+            self._decide(self.world.move, row.partition, source, to)
+
+    @rule(name=st.sampled_from(NAMES), undo=st.booleans(), leaving=st.booleans())
+    def drain(self, name: str, undo: bool, leaving: bool) -> None:
+        if undo:
+            self._decide(self.world.undrain, name)
+        else:
+            self._decide(self.world.drain, name, leaving=leaving)
+
+    @rule()
+    def even_out(self) -> None:
+        self._decide(self.world.even_out)
+
+    @precondition(lambda self: self._names(NodeState.LIVE))
+    @rule()
+    def everything_goes_well(self) -> None:
+        """With nothing in the way, every open move comes to its end."""
+        self.unheard, self.dropped, self.failovers = set(), {}, set()
+        for _ in range(300):
+            self.plan()
+            ready = self._catching_up()
+            if not ready and not self.world.state.moves():
+                return
+            for row in ready:
+                self.complete[row.partition] |= set(row.learners)
+                assert self._decide(self.world.change_isr, row.partition, row.holders, may=("isr",))
+        raise AssertionError(f"moves never end: {self.world.state.moves()[:3]}")
 
     @precondition(lambda self: len(self.world.partitions()) < 8)
     @rule(number=st.integers(0, 2), replicas=st.integers(0, 3))
@@ -280,6 +324,13 @@ class Replication(RuleBasedStateMachine):
             assert len(set(names)) == len(names), "two replicas on one server"
             if any(ref in live for ref in row.isr) and not online:
                 assert row.partition in self.failovers or not self._certain(row.primary), "nobody took over"
+
+    @invariant()
+    def moves_are_sound(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        partitions = [move.partition for move in self.world.state.moves()]
+        assert len(partitions) == len(set(partitions)), "two open moves of one partition"
 
     @invariant()
     def the_store_tells_the_same(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from paramesh.routing import cut
 from paramesh.v1 import types_pb2 as pb
-from paramesh_coordinator import catalog, membership, operators, replicas
+from paramesh_coordinator import catalog, membership, moves, operators, replicas
 from paramesh_coordinator.checkers import Silent
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.driver import fresh_job
@@ -18,6 +18,7 @@ from paramesh_coordinator.rows import (
     EventRow,
     HostRow,
     JobRow,
+    MoveRow,
     NodeState,
     OperationRow,
     PartitionRow,
@@ -106,6 +107,33 @@ class World:
     def plan(self, *, auto: bool = False) -> int:
         """`auto`: bytes are evened out when servers came or went."""
         return self.do(lambda d: replicas.plan(d, auto=auto))
+
+    def move(self, partition: int, source: str, target: str) -> MoveRow:
+        return self.do(lambda d: moves.ask(d, partition, source, target))
+
+    def drain(self, name: str, *, leaving: bool = False) -> moves.Drained:
+        return self.do(lambda d: moves.drain(d, name, "a test", leaving=leaving))
+
+    def undrain(self, name: str) -> moves.Drained:
+        return self.do(lambda d: moves.undrain(d, name))
+
+    def even_out(self) -> list[MoveRow]:
+        return self.do(lambda d: moves.even_out(d, "a test"))
+
+    def catch_up(self) -> None:
+        """Every primary asks for its learners."""
+        for row in self.partitions():
+            if row.learners and row.state is PartitionState.ONLINE:
+                assert self.change_isr(row.partition, row.holders)
+
+    def run_moves(self, *, auto: bool = False) -> int:
+        """Plan and catch up until nothing is left to do; in how many rounds."""
+        for rounds in range(1000):
+            changed = self.plan(auto=auto)
+            self.catch_up()
+            if not changed and not self.state.moves():
+                return rounds
+        raise AssertionError("moves never end")
 
     def change_isr(self, partition: int, isr: str | tuple[Ref, ...], **change: Any) -> bool:
         """The primary's wish, as of now but for what `change` says; names mean incarnation 1."""
