@@ -67,6 +67,8 @@ class InSync:
     Args:
         me: the primary.
         silent: seconds after which a follower that owes an acknowledgement leaves.
+        inherited: what was in the log when this process became primary. Any of it may have been
+            acknowledged by those before, so nobody joins without it.
 
     Attributes:
         isr: the set of the newest map.
@@ -75,8 +77,9 @@ class InSync:
         commit: everything up to here is in the log of every replica that may be in sync.
     """
 
-    def __init__(self, me: Ref, silent: float = SILENT_S) -> None:
+    def __init__(self, me: Ref, silent: float = SILENT_S, inherited: int = 0) -> None:
         self.me = me
+        self._inherited = inherited
         self.isr: frozenset[Ref] = frozenset({me})
         self.learners: frozenset[Ref] = frozenset()
         self.last = 0
@@ -179,7 +182,7 @@ class InSync:
             return None  # everybody has everything: the usual case, twenty times a second and partition
         self._drop_slow_learners(now)
         gone = {ref for ref in self.isr - {self.me} if self._owes_since(ref, now) >= self._patience(ref)}
-        come = {ref for ref in self._joining if self._acked.get(ref, 0) >= self.commit} - self.isr
+        come = {ref for ref in self._joining if self._acked.get(ref, 0) >= max(self.commit, self._inherited)} - self.isr
         if not gone and not come:
             return None
         self._asked = now

@@ -489,7 +489,8 @@ class Partition:
         return self._append(rp.RECORD_KIND_MARK, checksum=self._state_checksum()).lsn
 
     def _state_checksum(self) -> int:
-        value = zlib.crc32(repr((self.table_id, self.applied_step, self._init_attempt, self._trained)).encode())
+        # Not `_trained`: staging sets it at the primary alone, and no record carries that.
+        value = zlib.crc32(repr((self.table_id, self.applied_step, self._init_attempt)).encode())
         for piece in self.dedup.canonical():
             value = zlib.crc32(piece, value)
         for part in cut_slots(self.layout, self.flat, self.optimizer):

@@ -133,8 +133,8 @@ class Replica:
         if self.role is not Role.PRIMARY:
             self.role = Role.PRIMARY
             self.reign += 1
-            self.insync = InSync(self.me)
             self._serves_from = self.machine.log.lsn
+            self.insync = InSync(self.me, inherited=self._serves_from)
         self.promised = max(self.promised, row.epoch)
         self.insync.follow(row, now, dead)
         self.machine.log.replicated = bool(self.insync.followers)

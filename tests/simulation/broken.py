@@ -244,16 +244,6 @@ def _no_tombstone() -> AbstractContextManager[Any]:
     return _patch(Dedup, "fence", fence)
 
 
-@_broken("no floor is sent with a pull")
-def _no_floor() -> AbstractContextManager[Any]:
-    def init(self: World, *args: Any, **more: Any) -> None:
-        real(self, *args, **more)
-        self.floors = False
-
-    real = World.__init__
-    return _patch(World, "__init__", init)
-
-
 @_broken("a pull shows what is not committed")
 def _dirty_read() -> AbstractContextManager[Any]:
     async def pull(self: Any, request: Any) -> Any:

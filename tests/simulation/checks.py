@@ -34,6 +34,7 @@ class Checks:
         self.rows: dict[int, PartitionRow] = {}
         """As committed in the store."""
         self._live: dict[Ref, bool] = {}
+        self._certain: dict[Ref, bool] = {}
         self._records: dict[tuple[int, int, int], RecordHeader] = {}
         """(partition, lsn, epoch) -> the one record of that place."""
         self._before: dict[tuple[int, int, int], Position] = {}
@@ -80,6 +81,8 @@ class Checks:
         """14: nobody is left out whose contribution this very primary has acknowledged."""
         without = self._without[key] = self.gathered.get((slot.number, step), ())
         for client in without:
+            if client not in self._world.ledger.gone:
+                self.fail(f"14: p{slot.number} sums step {step} without client {client}, who lives")
             if self._staged.get((slot.number, step, client)) is slot.replica.machine:
                 self.fail(f"14: p{slot.number} sums step {step} without client {client}, whom it acknowledged")
 
@@ -138,6 +141,7 @@ class Checks:
         for row in draft.writes.values():
             if isinstance(row, ServerRow):
                 self._live[Ref(*row.ref)] = row.state is NodeState.LIVE
+                self._certain[Ref(*row.ref)] = row.certain or row.state is NodeState.LEFT
         for row in draft.writes.values():
             if isinstance(row, PartitionRow):
                 self._row(row)
@@ -151,11 +155,25 @@ class Checks:
         if old is not None:
             if row.epoch < old.epoch or row.version <= old.version:
                 self.fail(f"4: epochs and versions only rise: {old} -> {row}")
-            if row.primary != old.primary and row.primary not in old.isr:
-                self.fail(f"9: {row.primary} was promoted and not in sync: {old} -> {row}")
+            if row.primary != old.primary:
+                self._promoted(old, row)
         released = self._released.get(row.partition)
         if released:
             self._check_in_sync(row.partition, max(released))
+
+    def _promoted(self, old: PartitionRow, row: PartitionRow) -> None:
+        """9: of the in-sync set; and silence takes nobody out of it, for it may be the only good copy."""
+        if row.primary not in old.isr:
+            self.fail(f"9: {row.primary} was promoted and not in sync: {old} -> {row}")
+        planned = self._live.get(Ref(*old.primary), False)
+        for ref in set(old.isr) - set(row.isr):
+            if not planned and not self._certain.get(Ref(*ref), False):
+                self.fail(f"9: a promotion for silence took {ref} out of the in-sync set: {old} -> {row}")
+
+    def always(self) -> None:
+        """What is looked at now and then."""
+        for number, released in self._released.items():
+            self._check_in_sync(number, max(released))
 
     # --- clients ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class Client:
         self.routes: Routes | None = None
         self._map_changed = Signal()
         self.finished = False
+        self.sent: deque[tuple[str, str, Any]] = deque(maxlen=12)
+        """The last requests: copies of them may still be under way when this client is dead."""
         self.spawn(self._run(), "run")
 
     def spawn(self, coro: Any, name: str) -> Task:
@@ -109,6 +112,7 @@ class Client:
         """One try at the primary of the newest map; the request is routed now."""
         address, epoch = await self.primary(request.partition)
         routed = type(request)(**{**request.__dict__, "epoch": epoch})
+        self.sent.append((address, method, routed))
         answer: Answer = await self.net.call(self.process, address, method, routed, CALL_S)
         return answer
 

@@ -42,6 +42,8 @@ class Network:
     def __init__(self, kernel: Kernel, rng: random.Random) -> None:
         self.kernel = kernel
         self.weather = Weather()
+        self.latency = 0.003
+        """Seconds at most, of a message in fair weather."""
         self.nodes: dict[str, Any] = {}
         """Address -> the node there: has `process` and the methods that are called."""
         self.cuts: dict[tuple[str, str], None] = {}
@@ -59,7 +61,7 @@ class Network:
         rng = self._rng
         if rng.random() < self.weather.slow:
             return rng.uniform(0.0, self.weather.slow_s)
-        return rng.uniform(0.0002, 0.003)
+        return rng.uniform(0.1, 1.0) * self.latency
 
     def loses(self) -> bool:
         """Whether this message is lost."""
@@ -80,6 +82,10 @@ class Network:
         if not await self.kernel.wait(answer, timeout):
             raise refuse("DEADLINE", f"{to} did not answer {method}")
         return await answer
+
+    def ghost(self, src: Process, to: str, method: str, request: Any, late: float) -> None:
+        """A copy of a request, that was on its way all the time."""
+        self.kernel.at(late, None, self._arrive, src, to, method, request, Future())
 
     def _arrive(self, src: Process, to: str, method: str, request: Any, answer: Future) -> None:
         node = self.nodes.get(to)

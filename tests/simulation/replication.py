@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import replication_pb2 as rp
+from paramesh_server.inbound import WATCH_S
 from paramesh_server.insync import Ref
+
 from paramesh_server.log import Position, Record
 from paramesh_server.outbound import GREETING_S, IDLE_S
 from paramesh_server.replica import Role
@@ -90,12 +92,14 @@ class Outbound:
 
     async def _send(self, slot: Slot, ref: Ref) -> None:
         server = self.server
-        backoff = Backoff(server.world.rng, cap=1.0)
+        backoff, snapshot = Backoff(server.world.rng, cap=1.0), False
         while slot.replica.role is Role.PRIMARY and not slot.closed:
-            stream = Sender(server, slot, ref)
+            stream = Sender(server, slot, ref, snapshot)
             try:
                 await stream.run()
+                snapshot = False
             except (ParameshError, StreamEnded) as error:
+                snapshot = isinstance(error, ParameshError) and error.reason == "DIVERGED"
                 server.kernel.note(f"{server.ref.node} stream of p{slot.number} to {ref.node} broke: {error!r}")
             slot.replica.insync.lost(ref)
             slot.stir()
@@ -107,8 +111,8 @@ class Outbound:
 class Sender:
     """`outbound._Stream`: one try."""
 
-    def __init__(self, server: Server, slot: Slot, ref: Ref) -> None:
-        self._server, self._slot, self._ref = server, slot, ref
+    def __init__(self, server: Server, slot: Slot, ref: Ref, snapshot: bool) -> None:
+        self._server, self._slot, self._ref, self._snapshot = server, slot, ref, snapshot
         self._epoch = slot.replica.machine.epoch
         self.answered = False
 
@@ -158,6 +162,8 @@ class Sender:
         return answer
 
     def _start(self, answer: Where) -> Position | None:
+        if self._snapshot:
+            return None
         if self._log.holds(answer.last) and self._log.after(answer.last.lsn) is not None:
             return answer.last
         before = answer.applied
@@ -256,12 +262,31 @@ class Inbound:
             slot = await self._accepting(first)
             end.send(_where(slot))
             while True:
-                if self._take(slot, await end.get()):
+                if self._take(slot, await self._until_diverged(slot, end)):
                     end.send(_where(slot))
         except StreamEnded:
             return
         except ParameshError as error:
             end.send(_refusal(slot, error))
+
+    async def _until_diverged(self: Any, slot: Slot, end: End) -> Head:
+        coming = self.spawn(_next(end), "coming")
+        try:
+            while True:
+                if slot.replica.diverged:
+                    raise refuse("DIVERGED", f"partition {slot.number} has another state here than at its primary")
+                either = Future()
+                slot.moved.waiters.append(either.set)
+                coming.waiters.append(either.set)
+                if not coming.done:
+                    await self.kernel.wait(either, WATCH_S)
+                if coming.done and not slot.replica.diverged:
+                    head: Head | None = await coming
+                    if head is None:
+                        raise StreamEnded
+                    return head
+        finally:
+            coming.cancel()
 
     def _take(self: Any, slot: Slot, head: Head) -> bool:
         replica = slot.replica
@@ -286,6 +311,7 @@ class Inbound:
                 await slot.run(slot.replica.apply)
                 self.world.checks.state(slot)
         except ParameshError as error:
+            slot.stir()
             if error.reason != "NOT_PRIMARY":
                 self.world.checks.fail(f"8: {self.ref.node} p{slot.number} diverged: {error!r}")
         finally:
@@ -303,6 +329,14 @@ class Inbound:
         self.kernel.note(f"{self.ref.node} installed p{first.partition} lsn={snapshot.state.lsn}")
         self.world.checks.state(slot)
         return int(snapshot.state.lsn)
+
+
+async def _next(end: End) -> Head | None:
+    try:
+        head: Head = await end.get()
+        return head
+    except StreamEnded:
+        return None
 
 
 def _where(slot: Slot, error: ParameshError | None = None) -> Where:

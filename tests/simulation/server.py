@@ -15,6 +15,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.rows import ServerRow
 from paramesh_coordinator.state import NodeKey
 from paramesh_server.insync import Ref
+from paramesh_server.ledger_host import NOT_MADE
 from paramesh_server.partition import Partition
 from paramesh_server.replica import Replica, Role
 from paramesh_server.roles import take_role
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 BEAT_S = 0.5
-LOOK_S = 0.05
-"""`wishes.LOOK_S`."""
+LOOK_S = 0.15
+"""`wishes.LOOK_S` is 0.05: a look costs more than anything else here."""
+MARK_S = 4.0
+"""`marks.MARK_S` is a minute: a seed lives less."""
 CALL_S = 2.0
 
 
@@ -74,6 +77,7 @@ class Server(DataPlane, Inbound):
         self.spawn(self._beat(), "beat")
         self.spawn(self._watch(), "watch")
         self.spawn(self._wish(), "wishes")
+        self.spawn(self._mark(), "marks")
 
     async def _register(self) -> None:
         name, backoff = self.ref.node, Backoff(self.world.rng, cap=1.0)
@@ -138,6 +142,19 @@ class Server(DataPlane, Inbound):
                 changes.append((slot.number, epoch, wish.version, tuple(sorted(wish.isr)), wish.why))
         return changes
 
+    async def _mark(self) -> None:
+        """`marks.py`."""
+        while True:
+            slots = [s for s in self.held.values() if s.replica.role is Role.PRIMARY and s.replica.insync.followers]
+            if not slots:
+                await self.kernel.sleep(MARK_S)
+            for slot in slots:
+                await self.kernel.sleep(MARK_S / len(slots))
+                try:
+                    await slot.lead(slot.replica.machine.mark)
+                except ParameshError:
+                    pass
+
     # --- placement.py ---
 
     def set_map(self, routes: Routes) -> None:
@@ -158,7 +175,7 @@ class Server(DataPlane, Inbound):
         return self.routes is not None and number in self.routes and self._keeps(self.routes.partition(number))
 
     def _is_mine(self, row: pb.Partition) -> bool:
-        return row.primary == self.me and row.state != pb.PARTITION_STATE_OFFLINE
+        return row.primary == self.me and row.state not in NOT_MADE
 
     def _keeps(self, row: pb.Partition) -> bool:
         return row.primary == self.me or self.me in row.isr or self.me in row.learners
@@ -179,7 +196,7 @@ class Server(DataPlane, Inbound):
             self.kernel.note(f"{self.ref.node} drops p{number}")
             await self.held.pop(number).close()
         for number, row in rows.items():
-            here = number in self.held or row.state != pb.PARTITION_STATE_OFFLINE
+            here = number in self.held or row.state not in NOT_MADE
             if self._keeps(row) and here:
                 await self._hold(row)
 

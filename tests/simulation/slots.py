@@ -89,9 +89,11 @@ class Slot:
     async def released(self, lsn: int) -> None:
         """The output commit: no answer leaves before its records are everywhere."""
         kernel = self.server.kernel
-        deadline = kernel.now + RELEASE_S
+        deadline, reign = kernel.now + RELEASE_S, self.replica.reign
         while True:
             self.check_primary()
+            if self.replica.reign != reign:
+                raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile")
             if self.replica.insync.commit >= lsn:
                 self.server.world.checks.released(self, lsn)
                 return

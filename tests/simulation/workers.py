@@ -138,6 +138,8 @@ class Worker(Client):
             if self.forgets_early:
                 self.kept.clear()
             step, records = step + 1, [record]
+            if self.world.rng.random() < 0.3:  # the next batch is loaded first
+                await self.kernel.sleep(self.world.rng.uniform(0.0, 1.5))
             await self._pull(step, records)
             self.kept.clear()
             await self.kernel.sleep(self.world.rng.uniform(0.0, self.world.profile.step_s))

@@ -53,6 +53,7 @@ class Profile:
 
     replicas: int = 2
     servers: int = 3
+    latency: float = 0.003
     pooled: float = 0.0
     pool_s: float = 0.01
     late_maps: float = 0.0
@@ -75,6 +76,7 @@ class Profile:
         return cls(
             replicas=replicas,
             servers=replicas + rng.choice([0, 1, 1, 2]),
+            latency=rng.choice([0.003, 0.003, 0.03, 0.1]),
             pooled=rng.choice([0.0, 0.0, 0.3]),
             pool_s=rng.choice([0.005, 0.05]),
             late_maps=rng.choice([0.0, 0.0, 0.3]),
@@ -134,6 +136,7 @@ class World:
         self.profile = profile or Profile.drawn(self.rng)
         self.config = CoordinatorConfig(replicas=self.profile.replicas, min_servers=self.profile.servers)
         self.net = Network(self.kernel, self.rng)
+        self.net.latency = self.profile.latency
         self.medium = MemoryMedium()
         self.checks = Checks(self, seed)
         self.servers: dict[Ref, Server] = {}
@@ -218,6 +221,9 @@ class World:
             self.kernel.at(self.rng.uniform(0.5, 4.0), None, self.kernel.resume, client.process)
             return
         self.kernel.kill(client.process)
+        for address, method, request in client.sent:
+            if self.rng.random() < 0.3:
+                self.net.ghost(client.process, address, method, request, self.rng.uniform(0.0, 4.0))
         if isinstance(client, Worker):
             self.kernel.at(self.rng.uniform(0.1, 3.0), None, self._replace, client.name)
 
@@ -315,8 +321,14 @@ class World:
         server = self.servers.get(Ref(*ref)) if ref is not None else None
         return server is not None and server.process.alive
 
+    def looked(self) -> bool:
+        """What must hold always does; whether the faults are over."""
+        self.checks.always()
+        return self.faults.over
+
     def settled(self) -> bool:
         """Whether all work is done, and every replica has all of it."""
+        self.checks.always()
         if not self.faults.over or any(not c.finished and c.process.alive for c in self.clients):
             return False
         return all(self._caught_up(number) for number in self.checks.rows)
@@ -351,7 +363,7 @@ class World:
         self.kernel.run(20.0, lambda: self.begun)
         if not self.begun:
             raise Violation("17: the cluster did not form")
-        self.kernel.run(self.kernel.now + self.profile.faulty_s + 0.1, lambda: self.faults.over)
+        self.kernel.run(self.kernel.now + self.profile.faulty_s + 0.1, self.looked)
         self.kernel.run(self.kernel.now + PATIENCE_S, self.settled)
         if self.lost():
             return "lost"

@@ -203,3 +203,17 @@ def test_who_was_declared_dead_is_asked_away_at_once() -> None:
     assert wish is not None
     assert wish.isr == {ME}
     assert p.commit == 0
+
+
+def test_a_new_primary_asks_for_a_learner_only_with_all_that_it_took_over() -> None:
+    """What the primaries before have acknowledged is in its log, whatever it knows to be committed."""
+    p = InSync(ME, inherited=4)
+    p.follow(row(1, {ME, B}, {C}), 0.0)
+    p.appended(4, 0.0)
+    p.acked(C, 2, 0.0)
+    assert p.commit == 0  # B has said nothing yet
+    assert p.wish(0.1) is None
+    p.acked(C, 4, 0.2)
+    wish = p.wish(0.2)
+    assert wish is not None
+    assert wish.isr == {ME, B, C}

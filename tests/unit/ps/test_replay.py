@@ -190,6 +190,15 @@ def test_a_mark_finds_one_flipped_bit() -> None:
     assert caught.value.reason == "DIVERGED"
 
 
+def test_a_mark_does_not_look_at_what_is_staged() -> None:
+    """Staging is the primary's alone: no record tells followers of it."""
+    world = World(0)
+    world.act("first", 1)
+    stage(world.primary, 5, random_gradients(world.primary.layout, 9))
+    world.primary.mark()
+    catch_up(world.follower, world.primary)
+
+
 @pytest.mark.parametrize("slot", ["exp_avg", "step"])
 def test_a_mark_looks_at_the_optimizer_too(slot: str) -> None:
     world = World(0)
