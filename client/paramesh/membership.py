@@ -201,6 +201,8 @@ class Session:
         self._leaving = True
         try:
             if gracefully:
+                if self._small_state is not None:
+                    self._small_state.cut.between_steps()
                 for participant in self.participants():
                     _tell(participant, "drain")
                 self._io.run(say_goodbye(self.client), LEAVE_TIMEOUT, "the cluster to take note of leaving")
@@ -293,6 +295,7 @@ class Session:
             except BaseException:
                 self._activity = lg.ACTIVITY_UNSPECIFIED  # tell the ledger again next time
                 raise
+        self.small_state.cut.between_steps()
         return self.positions
 
     def set_between(self) -> None:

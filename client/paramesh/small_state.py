@@ -31,6 +31,7 @@ from paramesh.plain import pack, unpack
 from paramesh.session import current, registry
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1.types_pb2 import StepRecord
+from paramesh.worker_cut import WorkerCut
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -111,6 +112,10 @@ class SmallState:
         self._waiting: dict[str, int] | None = None
         """The loops that had begun when that was kept, until this script has come as far."""
         self._looked = False
+        self._began = False
+        """Whether steps ever waited for this worker."""
+        self.cut = WorkerCut(session, self._pack)
+        """This worker's own part of checkpoints."""
 
     # ------------------------------------------------------------------ events
 
@@ -150,6 +155,8 @@ class SmallState:
             self.version = main.next_step if main is not None else mine
         if behind:
             self._adopting = True
+            if not self._began:
+                self.cut.began(max(position.next_step for position in positions.values()))
             self._first_look()
             known = self._found.version if self._waiting is None else -1
             # What was put last may be older than what this worker has, or restored already.
@@ -157,6 +164,7 @@ class SmallState:
                 self._restore()
         elif self._keeper and self.version:
             self._keep()
+        self._began = True
 
     def _overtaken(self) -> bool:
         """Whether what was found is from before a loop that began here.
@@ -178,6 +186,9 @@ class SmallState:
         if group != self._main:
             return
         self.version = step + 1
+        if record is not None and record.checkpoint:
+            chief = self._session.client.client_id == min(_ids(record), default=0)
+            self.cut.stepped(record.checkpoint, self.version, chief)
         adopting, self._adopting = self._adopting, False
         if record is None:  # ssp, async: each at its own clock; the most advanced one counts
             self._keep()
@@ -208,16 +219,7 @@ class SmallState:
         began = time.monotonic()
         if not force and (began - self._put_at < self._interval or (self._put and not self._put.done())):
             return
-        session = self._session
-        data = _packed(
-            self._objects,
-            {
-                "group": self._main,
-                "hyper": _hyper_parameters(session),
-                "rounds": session.rounds,
-                "loops": session.data.loops,
-            },
-        )
+        session, data = self._session, self._pack()
         self._put_at = time.monotonic()
         self._interval = max(EVERY, (self._put_at - began) / SHARE)
         if data == self._last and not force:
@@ -226,6 +228,19 @@ class SmallState:
         request = lg.PutStateRequest(key=KEY, version=self.version, value=data)
         self._put = session.submit(session.client.ledger.put_state(request))
         self._put.add_done_callback(_note)
+
+    def _pack(self) -> bytes:
+        """What all workers share, as it is now."""
+        session = self._session
+        return _packed(
+            self._objects,
+            {
+                "group": self._main,
+                "hyper": _hyper_parameters(session),
+                "rounds": session.rounds,
+                "loops": session.data.loops,
+            },
+        )
 
     # ------------------------------------------------------------------ restoring
 

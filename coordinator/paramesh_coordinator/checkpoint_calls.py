@@ -63,8 +63,10 @@ class Calls:
             PartitionOffline: nobody.
         """
         row = self._driver.state.partition(partition)
-        if row is None or row.state is not PartitionState.ONLINE:
-            raise refuse("PARTITION_OFFLINE", f"partition {partition} is {row.state if row else 'not there'}")
+        if row is None:
+            raise refuse("NOT_READY", f"partition {partition} has no place yet")
+        if row.state is not PartitionState.ONLINE:
+            raise refuse("PARTITION_OFFLINE", f"partition {partition} is {row.state}")
         return row.primary, row.epoch
 
     async def send(self, ref: Ref, method: str, request: Any, timeout: float = CALL_S) -> Any:

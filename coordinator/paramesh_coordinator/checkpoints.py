@@ -253,7 +253,7 @@ class Maker:
                 return None
             raise
         told, _, value = answer.value.partition(b"\n")
-        if not answer.found or told != checkpoint.encode():
+        if not answer.found or told != b"checkpoint " + checkpoint.encode():
             return None
         return b"%d\n" % answer.version + value
 

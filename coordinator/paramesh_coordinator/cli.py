@@ -14,7 +14,7 @@ import typer
 from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError
 
-from paramesh_coordinator.config import CoordinatorConfig
+from paramesh_coordinator.config import CoordinatorConfig, parse_every
 
 __all__ = ["main"]
 
@@ -36,6 +36,7 @@ exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over 
 options."""
 
 JOB, ADDRESS, WORKERS, TIMES = "job and its state", "address", "workers and servers", "times"
+CHECKPOINTS = "checkpoints"
 """The groups of --help."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -126,6 +127,31 @@ def run(
     step_timeout: Annotated[
         float, _seconds("Seconds after which a worker that lives but never gets ready is evicted; 0: never.")
     ] = DEFAULT.step_timeout,
+    checkpoint_dir: Annotated[
+        str,
+        typer.Option(
+            help="Where checkpoints go: a directory that all machines share, or a URL such as s3://bucket/run.",
+            metavar="URL",
+            rich_help_panel=CHECKPOINTS,
+        ),
+    ] = DEFAULT.checkpoint_dir,
+    checkpoint_every: Annotated[
+        str,
+        typer.Option(
+            help="Make one every so often: 90s, 10m, 2h, or 500steps.", metavar="TIME", rich_help_panel=CHECKPOINTS
+        ),
+    ] = "",
+    checkpoint_keep: Annotated[
+        int, typer.Option(help="Periodic checkpoints to keep, at least 1.", rich_help_panel=CHECKPOINTS)
+    ] = DEFAULT.checkpoint_keep,
+    restore: Annotated[
+        str,
+        typer.Option(
+            help="Begin with a checkpoint, DIR/NAME. Only on a fresh --state: a restart goes on with that.",
+            metavar="URL",
+            rich_help_panel=CHECKPOINTS,
+        ),
+    ] = DEFAULT.restore,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -151,6 +177,8 @@ def run(
             min_servers=min_servers, replicas=replicas, min_isr=min_isr, heartbeat_interval=heartbeat_interval,
             failure_timeout=failure_timeout, client_timeout=client_timeout,
             gather=gather, step_timeout=step_timeout, rebalance=rebalance, insecure=insecure,
+            checkpoint_dir=checkpoint_dir, **parse_every(checkpoint_every), checkpoint_keep=checkpoint_keep,
+            restore=restore,
         )  # fmt: skip
         code = asyncio.run(_run(config))
     except ConfigError as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from paramesh.errors import ConfigError
 from paramesh.routing import NAME
 
-__all__ = ["MAX_REPLICAS", "CoordinatorConfig", "parse_bind"]
+__all__ = ["MAX_REPLICAS", "CoordinatorConfig", "parse_bind", "parse_every"]
 
 MAX_REPLICAS = 7
 """Copies of a partition. More is a mistake: every push waits for all of them, and six may be
@@ -165,6 +167,25 @@ def parse_bind(bind: str) -> tuple[str, int]:
     if int(port) > 65535:
         raise _wrong("bind", f"port {port} is above 65535")
     return host, int(port)
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_every(text: str) -> dict[str, typing.Any]:
+    """The fields that `--checkpoint-every` stands for: `10m`, `90s`, `2h`, `500steps`; "" is never.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})(steps?|[smh])", text)
+    if not text:
+        return {}
+    if found is None or not int(found[1]):
+        raise _wrong("checkpoint_every", f"{text[:40]!r} is not like 90s, 10m, 2h or 500steps")
+    if found[2].startswith("step"):
+        return {"checkpoint_steps": int(found[1])}
+    return {"checkpoint_seconds": float(int(found[1]) * _UNITS[found[2]])}
 
 
 def _is_loopback(host: str) -> bool:

@@ -156,22 +156,19 @@ class Custody:
         if name:
             check_name(name)
         progress = Progress("checkpoint", name or "?")
-        self._run(self._make(archive, level, name, periodic, progress), progress)
-        while progress.name == "?" and not progress.ended:
-            await asyncio.sleep(0.01)
-        if progress.name == "?" and progress.error is not None:
-            raise progress.error
-        return progress.name
+        named: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._run(self._make(archive, level, name, periodic, progress, named), progress)
+        return await named
 
-    async def _make(self, archive: Archive, level: int, name: str, periodic: bool, progress: Progress) -> None:
-        await asyncio.to_thread(archive.sweep)
-        number = await asyncio.to_thread(archive.next_number)
-        stepping = await self._calls.steps()
-        if level == STEP and not stepping:
-            raise refuse("SCHEMA", "no group has taken a step: level step needs one; level partition does not")
-        level = level or (STEP if stepping else PARTITION)
-        progress.name = name or f"checkpoint-{number:06d}"
-        maker = Maker(self._driver, self._calls, archive, progress.name, level, number, periodic, progress)
+    async def _make(
+        self, archive: Archive, level: int, name: str, periodic: bool, progress: Progress, named: asyncio.Future[str]
+    ) -> None:
+        try:
+            maker = await self._maker(archive, level, name, periodic, progress)
+        except BaseException as error:
+            named.set_exception(error if isinstance(error, ParameshError) else refuse("INTERNAL", str(error)))
+            raise
+        named.set_result(maker.name)
         manifest = await maker.run()
         steps = {g.name: g.next_step for g in manifest.groups}
         await self._audit("checkpoint_made", manifest.name, level=manifest.level, steps=steps, bytes=manifest.size)
@@ -179,6 +176,19 @@ class Custody:
         removed = await asyncio.to_thread(archive.prune, self._config.checkpoint_keep) if periodic else []
         if removed:
             await self._audit("checkpoints_removed", ",".join(removed), keep=self._config.checkpoint_keep)
+
+    async def _maker(self, archive: Archive, level: int, name: str, periodic: bool, progress: Progress) -> Maker:
+        """What is asked for, if it can be had; tidies the root."""
+        await asyncio.to_thread(archive.sweep)
+        number = await asyncio.to_thread(archive.next_number)
+        stepping = await self._calls.steps()
+        if level == STEP and not stepping:
+            raise refuse("SCHEMA", "no group has taken a step: level step needs one; level partition does not")
+        level = level or (STEP if stepping else PARTITION)
+        progress.name = name or f"checkpoint-{number:06d}"
+        if await asyncio.to_thread(archive.exists, progress.name):
+            raise refuse("PATH", f"checkpoint {progress.name!r} is there already; choose another name", name=name)
+        return Maker(self._driver, self._calls, archive, progress.name, level, number, periodic, progress)
 
     async def _periodically(self) -> None:
         loop = asyncio.get_running_loop()
@@ -268,9 +278,9 @@ class Custody:
                     wanted.setdefault(ref, []).append(partition)
             await asyncio.gather(*(self._load(ref, some, manifest, location, loaded) for ref, some in wanted.items()))
             progress.done = sum(loaded.get(partition) == ref for partition, ref in placed.items())
-            if placed and progress.done == len(placed):
-                if await self._driver.decide(lambda draft: restoring.finish(draft, loaded)):
-                    return
+            complete = placed and progress.done == len(placed)
+            if complete and await self._driver.decide(lambda draft: restoring.finish(draft, loaded)):
+                return
             await asyncio.sleep(PLACE_S)
 
     async def _load(

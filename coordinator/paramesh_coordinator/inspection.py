@@ -42,8 +42,18 @@ _ACTIVITY = {value: name.removeprefix("ACTIVITY_").lower() for name, value in lg
 _MODE = {value: name.removeprefix("MODE_").lower() for name, value in lg.Mode.items()}
 
 
-async def ask_coordinator(addresses: Sequence[str], service: Any, method: str, request: Message) -> tuple[Any, str]:
+async def ask_coordinator(
+    addresses: Sequence[str], service: Any, method: str, request: Message, seconds: float = REACH_SECONDS
+) -> tuple[Any, str]:
     """The answer of the first coordinator that gives one, and its address.
+
+    Args:
+        addresses: host:port of each.
+        service: the stub's class.
+        method: of it.
+        request: what is asked.
+        seconds: for all addresses together; more for what reads many files. Nobody listening is
+            found out at once, whatever it is.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
@@ -53,7 +63,7 @@ async def ask_coordinator(addresses: Sequence[str], service: Any, method: str, r
         async with aio_channel(address) as channel:
             try:
                 call = getattr(service(channel), method)
-                return await call(request, timeout=REACH_SECONDS / len(addresses), wait_for_ready=False), address
+                return await call(request, timeout=seconds / len(addresses), wait_for_ready=False), address
             except grpc.RpcError as exc:
                 failures.append(from_rpc_error(exc, address))
     answered = next((f for f in failures if f.reason not in ("UNREACHABLE", "DEADLINE")), None)

@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from paramesh_coordinator import changing
+from paramesh_coordinator import changing, psctl_checkpoints
 from paramesh_coordinator.display import (
     draw_drain,
     draw_event,
@@ -397,6 +397,9 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
         except ParameshError as error:
             typer.echo(f"psctl: {error}", err=True)
             found = []
+
+
+psctl_checkpoints.register(app, _target, _run)
 
 
 def main() -> None:

@@ -179,6 +179,24 @@ class RunConfig:
         kind=str,
         group="cluster",
     )
+    checkpoint_dir: str = option(
+        "",
+        "where checkpoints go: a folder, or a URL such as s3://bucket/run",
+        metavar="URL",
+        kind=str,
+        group="checkpoints",
+    )
+    checkpoint_every: str = option(
+        "",
+        "make one every so often: 90s, 10m, 2h or 500steps; needs --checkpoint-dir",
+        metavar="TIME",
+        kind=str,
+        group="checkpoints",
+    )
+    checkpoint_keep: int = option(3, "periodic checkpoints to keep", metavar="K", group="checkpoints")
+    restore: str = option(
+        "", "checkpoint to begin with, DIR/NAME", metavar="URL", kind=str, group="checkpoints"
+    )
     log_dir: str = option(
         "",
         "folder of all logs; default: a new one under the temporary folder",

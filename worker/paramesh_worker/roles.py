@@ -62,6 +62,15 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def _checkpoint_flags(config: RunConfig) -> list[str]:
+    """What ps-coordinator is told of checkpoints; local paths are those of this process's folder."""
+    flags = ["--checkpoint-keep", str(config.checkpoint_keep)]
+    for flag, place in (("--checkpoint-dir", config.checkpoint_dir), ("--restore", config.restore)):
+        if place:
+            flags += [flag, place if "://" in place else os.path.abspath(place)]
+    return flags + (["--checkpoint-every", config.checkpoint_every] if config.checkpoint_every else [])
+
+
 class ChildFailed(Exception):
     """A process of the cluster ended or did not get ready; the run cannot go on.
 
@@ -205,6 +214,7 @@ class LocalCluster:
         bind = self.coordinator.address.result() if again else f"127.0.0.1:{self._config.port}"
         flags = ["--bind", bind, "--state", str(self._state), "--job", JOB, "--log-level", "info"]
         flags += ["--start-workers", str(self._config.workers), "--min-servers", str(self._config.servers)]
+        flags += _checkpoint_flags(self._config)
         self._coordinator_starts += 1
         await self._spawn(self.coordinator, ["-m", "paramesh_coordinator.cli", *flags], self.coordinator.sink)
 
