@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError
 
 from paramesh_coordinator.config import CoordinatorConfig, parse_every
+from paramesh_coordinator.store.etcd_target import SCHEME, EtcdTarget
+
+if TYPE_CHECKING:
+    from paramesh_coordinator.server import CoordinatorServer
 
 __all__ = ["main"]
 
@@ -31,9 +36,12 @@ examples:
       a short try on a free port, which is logged; a restart forgets everything
   psctl --coordinator 127.0.0.1:7070 status
       what it knows
+  ps-coordinator --state etcd://etcd-a:2379,etcd-b:2379/paramesh/run-7 --bind 10.0.0.1:7070 --insecure
+      on two or three machines: one leads, the others take over when it is lost; give
+      servers and workers all their addresses with commas between
 
-exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over its state; 2 for a mistake in the
-options."""
+exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over its state (on etcd it stands by again
+instead); 2 for a mistake in the options."""
 
 JOB, ADDRESS, WORKERS, TIMES = "job and its state", "address", "workers and servers", "times"
 CHECKPOINTS = "checkpoints"
@@ -65,11 +73,20 @@ def run(
             rich_help_panel=ADDRESS,
         ),
     ] = DEFAULT.bind,
-    state: Annotated[
-        Path | None,
+    advertise: Annotated[
+        str,
         typer.Option(
-            help="SQLite file to keep the cluster in. Restart with the same file. Required, or --ephemeral.",
-            metavar="FILE",
+            help="Where others reach this coordinator, when several run on etcd; default: the address it listens on.",
+            metavar="HOST:PORT",
+            rich_help_panel=ADDRESS,
+        ),
+    ] = DEFAULT.advertise,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="SQLite file to keep the cluster in. Restart with the same file. Required, or --ephemeral. For "
+            "several coordinators: etcd://HOST:PORT[,HOST:PORT...]/PREFIX.",
+            metavar="FILE|etcd://...",
             rich_help_panel=JOB,
         ),
     ] = None,
@@ -173,8 +190,9 @@ def run(
     )
     try:
         config = CoordinatorConfig(
-            bind=bind, state=_state(state, ephemeral), job=job, start_workers=start_workers, min_workers=min_workers,
-            min_servers=min_servers, replicas=replicas, min_isr=min_isr, heartbeat_interval=heartbeat_interval,
+            bind=bind, advertise=advertise, state=_state(state, ephemeral), job=job,
+            start_workers=start_workers, min_workers=min_workers, min_servers=min_servers, replicas=replicas,
+            min_isr=min_isr, heartbeat_interval=heartbeat_interval,
             failure_timeout=failure_timeout, client_timeout=client_timeout,
             gather=gather, step_timeout=step_timeout, rebalance=rebalance, insecure=insecure,
             checkpoint_dir=checkpoint_dir, **parse_every(checkpoint_every), checkpoint_keep=checkpoint_keep,
@@ -193,7 +211,7 @@ def _with_flag(error: ConfigError) -> str:
     return str(error).replace(f"{key}: ", f"--{key.replace('_', '-')}: ", 1)
 
 
-def _state(state: Path | None, ephemeral: bool) -> Path | None:
+def _state(state: str | None, ephemeral: bool) -> Path | EtcdTarget | None:
     if ephemeral and state is not None:
         raise ConfigError("state: --state and --ephemeral exclude each other", metadata={"key": "state"})
     if not ephemeral and state is None:
@@ -201,7 +219,9 @@ def _state(state: Path | None, ephemeral: bool) -> Path | None:
             "state: a FILE is required (or --ephemeral, which forgets the cluster at a restart)",
             metadata={"key": "state"},
         )
-    return state
+    if state is not None and state.startswith(SCHEME):
+        return EtcdTarget.parse(state)
+    return None if state is None else Path(state)
 
 
 async def _run(config: CoordinatorConfig) -> int:
@@ -213,17 +233,35 @@ async def _run(config: CoordinatorConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
-    server = CoordinatorServer(config)
+    stopping = asyncio.ensure_future(asked_to_stop.wait())
+    several = isinstance(config.state, EtcdTarget)
+    try:
+        while True:
+            server = CoordinatorServer(config)
+            deposed = await _serve(server, stopping)
+            if not deposed:
+                return 0
+            if not several:
+                return 1
+            # All that knew the old term has gone with its server; the address stays ours.
+            config = dataclasses.replace(config, bind=server.address)
+    finally:
+        stopping.cancel()
+
+
+async def _serve(server: CoordinatorServer, stopping: asyncio.Future[Any]) -> bool:
+    """Serve until told to stop, or deposed; whether it was the latter."""
     await server.start()
     deposed = asyncio.ensure_future(server.wait_deposed())
-    stopping = asyncio.ensure_future(asked_to_stop.wait())
-    await asyncio.wait((deposed, stopping), return_when=asyncio.FIRST_COMPLETED)
-    failed = deposed.done()
-    for task in (deposed, stopping):
-        task.cancel()
-    await server.stop()
-    log.info("stopped job=%s term=%d", config.job, server.term)
-    return 1 if failed else 0
+    try:
+        await asyncio.wait((deposed, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if deposed.done():
+            deposed.result()
+        return deposed.done()
+    finally:
+        deposed.cancel()
+        await server.stop()
+        log.info("stopped job=%s term=%d", server.config.job, server.term)
 
 
 def main() -> None:

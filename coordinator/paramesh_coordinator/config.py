@@ -16,6 +16,8 @@ from pathlib import Path
 from paramesh.errors import ConfigError
 from paramesh.routing import NAME
 
+from paramesh_coordinator.store.etcd_target import EtcdTarget
+
 __all__ = ["MAX_REPLICAS", "CoordinatorConfig", "parse_bind", "parse_every"]
 
 MAX_REPLICAS = 7
@@ -37,8 +39,13 @@ class CoordinatorConfig:
     bind: str = "127.0.0.1:7070"
     """host:port to listen on. Port 0 picks a free one, which is logged when serving."""
 
-    state: Path | None = None
-    """The SQLite file. None keeps the state in memory: a restart then loses the cluster."""
+    advertise: str = ""
+    """host:port at which others reach this coordinator, for those that ask a standby. Empty: the
+    address it listens on."""
+
+    state: Path | EtcdTarget | None = None
+    """The SQLite file, or a place in etcd, where several coordinators may be started: one leads,
+    the others stand by. None keeps the state in memory: a restart then loses the cluster."""
 
     job: str = "default"
     """The cluster's name; requests that name another are refused with WRONG_CLUSTER."""
@@ -115,6 +122,7 @@ class CoordinatorConfig:
                 f"{self.bind!r} can be reached from other machines and traffic is not encrypted; "
                 "bind to 127.0.0.1, or pass --insecure inside a network that you trust",
             )
+        self._check_state(host)
         if not NAME.fullmatch(self.job):
             raise _wrong("job", f"{self.job[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
         for key in ("start_workers", "min_workers", "min_servers", "max_table_bytes", "max_partitions"):
@@ -139,6 +147,21 @@ class CoordinatorConfig:
         if self.checkpoint_steps < 0:
             raise _wrong("checkpoint_every", f"is {self.checkpoint_steps} steps, and must not be negative")
 
+    def _check_state(self, host: str) -> None:
+        if self.advertise:
+            _split("advertise", self.advertise)
+        if not isinstance(self.state, EtcdTarget):
+            return
+        if not self.advertise and host.strip("[]") in ("0.0.0.0", "::"):
+            raise _wrong("advertise", f"is needed: nobody reaches a coordinator at {host}, where it listens")
+        away = [one for one in self.state.endpoints if not _is_loopback(one.rpartition(":")[0])]
+        if away and not self.insecure:
+            raise _wrong(
+                "state",
+                f"etcd at {away[0]} is reached over the network and traffic to it is not encrypted; pass --insecure "
+                "inside a network that you trust",
+            )
+
     def _check_times(self) -> None:
         for key in ("heartbeat_interval", "failure_timeout", "client_timeout", "push_timeout"):
             if not (math.isfinite(getattr(self, key)) and 0.01 <= getattr(self, key) <= 3600):
@@ -161,11 +184,15 @@ def parse_bind(bind: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is not that, or the port is outside 0..65535.
     """
-    host, colon, port = bind.rpartition(":")
+    return _split("bind", bind)
+
+
+def _split(key: str, address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal():
-        raise _wrong("bind", f"{bind!r} is not host:port, such as 127.0.0.1:7070")
+        raise _wrong(key, f"{address!r} is not host:port, such as 127.0.0.1:7070")
     if int(port) > 65535:
-        raise _wrong("bind", f"port {port} is above 65535")
+        raise _wrong(key, f"port {port} is above 65535")
     return host, int(port)
 
 

@@ -9,30 +9,21 @@ await server.stop()
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from pathlib import Path
 
 from paramesh.channel import SERVER_OPTIONS, grpc
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
-from paramesh.v1.checkpoint_pb2_grpc import add_CheckpointsServicer_to_server
-from paramesh.v1.coordinator_pb2_grpc import (
-    add_AdminServicer_to_server,
-    add_CatalogServicer_to_server,
-    add_MapServiceServicer_to_server,
-    add_MembershipServicer_to_server,
-    add_ReplicasServicer_to_server,
-)
 
-from paramesh_coordinator.admin import AdminService
-from paramesh_coordinator.checkpoint_admin import CheckpointsService
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
-from paramesh_coordinator.custody import Custody
 from paramesh_coordinator.driver import Driver
-from paramesh_coordinator.errands import Errands
-from paramesh_coordinator.planning import Planning
-from paramesh_coordinator.servicer import CatalogService, MapService, MembershipService, ReplicasService
-from paramesh_coordinator.store import MemoryStore, MetaStore, SqliteStore
+from paramesh_coordinator.election import Switch, campaign
+from paramesh_coordinator.reign import Reign
+from paramesh_coordinator.store import MemoryStore, MetaStore, SqliteStore, StoreError
+from paramesh_coordinator.store.etcd_target import EtcdTarget
 
 __all__ = ["CoordinatorServer"]
 
@@ -45,6 +36,9 @@ GRACE_SECONDS = 0.2
 class CoordinatorServer:
     """A coordinator; `start` once, `stop` once.
 
+    On a file or in memory it leads from its start. On etcd it serves at once, stands by while
+    another leads, and leads when its turn comes.
+
     Args:
         config: what to run as.
         store: where to keep rows instead of what `config.state` says; closed by `stop`.
@@ -53,12 +47,11 @@ class CoordinatorServer:
     def __init__(self, config: CoordinatorConfig, store: MetaStore | None = None):
         self.config = config
         self._given_store = store
-        self._store: MetaStore | None = None
-        self._driver: Driver | None = None
-        self._errands: Errands | None = None
-        self._planning: Planning | None = None
-        self._custody: Custody | None = None
+        self._reign: Reign | None = None
+        self._switch = Switch()
         self._server: grpc.aio.Server | None = None
+        self._over: asyncio.Future[ParameshError] | None = None
+        self._campaigning: asyncio.Task[None] | None = None
         self._address = ""
 
     @property
@@ -68,77 +61,103 @@ class CoordinatorServer:
 
     @property
     def term(self) -> int:
-        """The term that its start raised; 0 before `start`."""
-        return self._store.term if self._store else 0
+        """The term that it leads or led; 0 before."""
+        return self._reign.store.term if self._reign else 0
+
+    @property
+    def _driver(self) -> Driver | None:
+        return self._reign.driver if self._reign else None
+
+    @property
+    def _store(self) -> MetaStore | None:
+        return self._reign.store if self._reign else None
 
     async def start(self) -> None:
-        """Open the store, bind, load, serve.
+        """Open the store, bind, load, serve; on etcd: bind, serve, and stand for election.
 
         Raises:
             ConfigError: `state` or `bind` cannot be used, or the file is another job's.
         """
+        self._over = asyncio.get_running_loop().create_future()
         # Bound first: a second coordinator on the same address must not raise the term.
-        server = grpc.aio.server(interceptors=[typed_errors()], options=SERVER_OPTIONS)
-        self._address = _bind(server, self.config.bind)
+        self._server = grpc.aio.server(interceptors=[typed_errors()], options=SERVER_OPTIONS)
+        self._address = _bind(self._server, self.config.bind)
+        target = self.config.state
         try:
-            self._store = self._given_store or _open(self.config)
-            self._driver = Driver(self.config, self._store)
-            self._check_job(self._driver)
-            fresh = self._driver.state.job.map_version == 0
-            await self._driver.start()
-            self._errands = Errands(self._driver)
-            self._errands.start()
-            self._planning = Planning(self._driver)
-            self._planning.start()
-            self._custody = Custody(self._driver, fresh=fresh)
-            await self._custody.start()
-            await _serve(server, self._driver, self._custody)
-        except BaseException as error:
-            await server.stop(None)
+            if isinstance(target, EtcdTarget) and self._given_store is None:
+                self._campaigning = asyncio.create_task(self._campaign(target), name="coordinator-campaign")
+            else:
+                await self._lead(self._given_store or _open(target))
+            await _serve(self._server, self._switch)
+        except BaseException:
             await self.stop()
-            if isinstance(error, ValueError):
-                raise ConfigError(f"state: {error}", metadata={"key": "state"}) from error
             raise
-        self._server = server
         log.info("serving address=%s job=%s term=%d", self._address, self.config.job, self.term)
 
-    def _check_job(self, driver: Driver) -> None:
-        stored = driver.state.job.name
-        if stored != self.config.job:
-            raise ConfigError(
-                f"job: the state file belongs to job {stored!r}, not {self.config.job!r}", metadata={"key": "job"}
-            )
-        differing = driver.settings_differ()
-        if differing:
-            log.warning("settings of the job's first start hold, not this one's flags: %s", ", ".join(differing))
+    async def _lead(self, store: MetaStore) -> None:
+        try:
+            reign = Reign(self.config, store)
+        except BaseException:
+            store.close()
+            raise
+        self._reign = reign
+        try:
+            await reign.start()
+        except BaseException:
+            await reign.stop()
+            raise
+        reign.driver.deposed.add_done_callback(self._deposed)
+        reign.add_services(self._switch)
+
+    def _deposed(self, told: asyncio.Future[ParameshError]) -> None:
+        if self._over is not None and not self._over.done() and not told.cancelled():
+            self._over.set_result(told.result())
+
+    async def _campaign(self, target: EtcdTarget) -> None:
+        """Lead once; an election that comes to nothing for etcd's sake is repeated."""
+        assert self._over is not None
+        address = self.config.advertise or self._address
+        try:
+            while True:
+                store = await campaign(target, address, self._switch.stand_by)
+                try:
+                    await self._lead(store)
+                except (StoreError, TimeoutError) as error:
+                    log.warning("elected in vain term=%d, will try again: %s", store.term, error)
+                    continue
+                log.info("leading address=%s job=%s term=%d", address, self.config.job, store.term)
+                return
+        except Exception as error:
+            if not self._over.done():
+                self._over.set_exception(error)
 
     async def wait_deposed(self) -> ParameshError:
-        """Wait until a newer coordinator has taken over the store; returns its word for it."""
-        assert self._driver is not None, "start() first"
-        return await asyncio.shield(self._driver.deposed)
+        """Wait until a newer coordinator has taken over the store; returns its word for it.
+
+        Raises:
+            ConfigError: elected, it cannot lead: what etcd holds is not this job's, or not readable.
+        """
+        assert self._over is not None, "start() first"
+        return await asyncio.shield(self._over)
 
     async def stop(self) -> None:
         """Stop serving, finish the commit under way, close the store. Repeatable."""
+        if self._campaigning is not None:
+            self._campaigning.cancel()
+            await asyncio.gather(self._campaigning, return_exceptions=True)
+            self._campaigning = None
         if self._server is not None:
             await self._server.stop(GRACE_SECONDS)
             self._server = None
-        if self._custody is not None:
-            await self._custody.stop()
-            self._custody = None
-        if self._planning is not None:
-            await self._planning.stop()
-            self._planning = None
-        if self._errands is not None:
-            await self._errands.stop()
-            self._errands = None
-        if self._driver is not None:
-            await self._driver.stop()
-        if self._store is not None:
-            self._store.close()
+        if self._reign is not None:
+            await self._reign.stop()
+        if self._over is not None and self._over.done():
+            with contextlib.suppress(Exception):
+                self._over.exception()  # nobody may have waited for it
 
 
-def _open(config: CoordinatorConfig) -> MetaStore:
-    return MemoryStore() if config.state is None else SqliteStore.open(config.state)
+def _open(state: object) -> MetaStore:
+    return MemoryStore() if state is None else SqliteStore.open(Path(str(state)))
 
 
 def _bind(server: grpc.aio.Server, bind: str) -> str:
@@ -157,16 +176,11 @@ def _bind(server: grpc.aio.Server, bind: str) -> str:
     return f"{host}:{port}"
 
 
-async def _serve(server: grpc.aio.Server, driver: Driver, custody: Custody) -> None:
+async def _serve(server: grpc.aio.Server, switch: Switch) -> None:
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-    add_MembershipServicer_to_server(MembershipService(driver), server)
-    add_MapServiceServicer_to_server(MapService(driver), server)
-    add_CatalogServicer_to_server(CatalogService(driver), server)
-    add_ReplicasServicer_to_server(ReplicasService(driver), server)
-    add_AdminServicer_to_server(AdminService(driver), server)
-    add_CheckpointsServicer_to_server(CheckpointsService(driver, custody), server)
     healthy = health.aio.HealthServicer()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    server.add_generic_rpc_handlers((switch,))
     await server.start()

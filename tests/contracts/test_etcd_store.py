@@ -12,7 +12,7 @@ import pytest
 from paramesh.errors import ConfigError, ParameshError
 from paramesh_coordinator.store import MetaStore, StoreConflict, StoreError
 from paramesh_coordinator.store.etcd import EtcdStore, Leader
-from paramesh_coordinator.store.etcd_client import EtcdTarget
+from paramesh_coordinator.store.etcd_target import EtcdTarget
 from paramesh_coordinator.store.etcdv3 import etcd_pb2 as pb
 
 from tests.cluster.etcd import Etcd

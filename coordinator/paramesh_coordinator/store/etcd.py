@@ -26,7 +26,8 @@ from typing import NamedTuple
 from paramesh.errors import ConfigError, ParameshError, refuse
 
 from paramesh_coordinator.store.base import StoreConflict, StoreError, Watcher, Watchers
-from paramesh_coordinator.store.etcd_client import EtcdClient, EtcdRefused, EtcdSilent, EtcdTarget, nested, past
+from paramesh_coordinator.store.etcd_client import EtcdClient, EtcdRefused, EtcdSilent, nested, past
+from paramesh_coordinator.store.etcd_target import EtcdTarget
 from paramesh_coordinator.store.etcdv3 import etcd_pb2 as pb
 
 __all__ = ["EtcdStore", "Leader"]
@@ -84,12 +85,13 @@ class EtcdStore:
         self._keeper.start()
 
     @classmethod
-    def campaign(cls, target: EtcdTarget, address: str) -> EtcdStore | Leader:
+    def campaign(cls, target: EtcdTarget, address: str, client: EtcdClient | None = None) -> EtcdStore | Leader:
         """Lead, with the term raised, if nobody does.
 
         Args:
             target: the cluster's place in etcd.
             address: host:port of this coordinator, for those that ask another.
+            client: to ask with; the store's from then on, if it is won.
 
         Returns:
             The store, or who leads.
@@ -98,24 +100,26 @@ class EtcdStore:
             ConfigError: `state`: the prefix holds rows of a newer release, or no rows of ours.
             StoreError: etcd does not answer, or refuses.
         """
-        client = EtcdClient(target.endpoints)
+        asking = client or EtcdClient(target.endpoints)
+        won: EtcdStore | Leader | None = None
         try:
             with _typed(target):
-                found = _look(client, target)
-                _check_schema(target, found)
-                leader, term = found.get("leader"), _term_of(found)
-                if leader is not None:
-                    client.close()
-                    return _leader(leader, term)
-                lease = client.grant(LEASE_SECONDS, READ_SECONDS).ID
-                won = _take(client, target, found, lease, address)
-        except BaseException:
-            client.close()
-            raise
-        if won is None:
-            client.close()
-            return Leader("", term)
-        return cls(target, client, lease, term + 1, won)
+                won = cls._campaign(target, address, asking)
+            return won
+        finally:
+            if client is None and not isinstance(won, EtcdStore):
+                asking.close()
+
+    @classmethod
+    def _campaign(cls, target: EtcdTarget, address: str, client: EtcdClient) -> EtcdStore | Leader:
+        found = _look(client, target)
+        _check_schema(target, found)
+        term = _term_of(found)
+        if "leader" in found:
+            return _leader(found["leader"], term)
+        lease = client.grant(LEASE_SECONDS, READ_SECONDS).ID
+        created = _take(client, target, found, lease, address)
+        return Leader("", term) if created is None else cls(target, client, lease, term + 1, created)
 
     @property
     def term(self) -> int:
@@ -270,7 +274,7 @@ class EtcdStore:
 
 @contextmanager
 def _typed(target: EtcdTarget) -> Iterator[None]:
-    """etcd's refusals of reads and elections as a StoreError."""
+    """Refusals by etcd of reads and elections as a StoreError."""
     try:
         yield
     except (EtcdSilent, EtcdRefused) as error:

@@ -1,7 +1,6 @@
 """Calls to an etcd cluster over its v3 API: one member after the other, from any thread.
 
-    target = EtcdTarget.parse("etcd://10.0.0.1:2379,10.0.0.2:2379/paramesh/run-7")
-    client = EtcdClient(target.endpoints)
+    client = EtcdClient(["10.0.0.1:2379", "10.0.0.2:2379"])
     answer = client.txn(request, seconds=5.0)
 
 A call that no member answers is repeated at the next, so only calls that may be repeated
@@ -10,30 +9,24 @@ belong here: reads, leases, and transactions that compare what they change.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from paramesh.channel import grpc
-from paramesh.errors import ConfigError
 from paramesh.retry import Backoff
 
 from paramesh_coordinator.store.etcdv3 import etcd_pb2 as pb
 from paramesh_coordinator.store.etcdv3.etcd_pb2_grpc import KVStub, LeaseStub
 
-__all__ = ["EtcdClient", "EtcdRefused", "EtcdSilent", "EtcdTarget", "nested", "past"]
-
-SCHEME = "etcd://"
+__all__ = ["EtcdClient", "EtcdRefused", "EtcdSilent", "nested", "past"]
 
 ATTEMPT_SECONDS = 1.0
 """For one member: it answers within milliseconds, or its cluster elects a leader (1-2 s)."""
 
 MAX_OPS = 128
 """etcd's default of --max-txn-ops: operations of one transaction, side by side."""
-
-_PREFIX = re.compile(r"[A-Za-z0-9_.:-]+(/[A-Za-z0-9_.:-]+)*")
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -65,43 +58,6 @@ class EtcdSilent(Exception):
 
 class EtcdRefused(Exception):
     """etcd refused; nothing was changed."""
-
-
-class EtcdTarget(NamedTuple):
-    """Where the cluster's rows are: etcd's members, and the prefix of all keys."""
-
-    endpoints: tuple[str, ...]
-    prefix: str
-
-    @classmethod
-    def parse(cls, text: str) -> EtcdTarget:
-        """Read etcd://host:port[,host:port...]/prefix.
-
-        Raises:
-            ConfigError: `state`: it is not that.
-        """
-        rest = text.removeprefix(SCHEME)
-        members, _, prefix = rest.partition("/")
-        endpoints = tuple(member.strip() for member in members.split(","))
-        prefix = prefix.strip("/")
-        if not text.startswith(SCHEME) or not all(_is_endpoint(one) for one in endpoints):
-            raise _wrong(f"{text!r} is not etcd://HOST:PORT[,HOST:PORT...]/PREFIX")
-        # `rows` is a folder of ours: a job below it would be read as rows of the job above.
-        if not _PREFIX.fullmatch(prefix) or len(prefix) > 256 or "rows" in prefix.split("/"):
-            raise _wrong(f"{text!r} needs a prefix of its own for this job's keys, such as {SCHEME}{members}/paramesh")
-        return cls(endpoints, prefix)
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{','.join(self.endpoints)}/{self.prefix}"
-
-
-def _is_endpoint(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(host and colon and port.isdecimal() and 1 <= int(port) <= 65535) and "@" not in host
-
-
-def _wrong(problem: str) -> ConfigError:
-    return ConfigError(f"state: {problem}", metadata={"key": "state"})
 
 
 def past(prefix: bytes) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from paramesh.errors import ConfigError
-from paramesh_coordinator.store.etcd_client import EtcdTarget, nested, past
+from paramesh_coordinator.store.etcd_client import nested, past
+from paramesh_coordinator.store.etcd_target import EtcdTarget
 from paramesh_coordinator.store.etcdv3 import etcd_pb2 as pb
 
 
