@@ -1,6 +1,7 @@
 """Measurements of Paramesh beside the limits of the machine, taken in the same run.
 
     python -m benchmarks dense [--json]     synchronous (or other) steps of dense tables
+    python -m benchmarks failover [--json]  servers killed under load; Redis and etcd beside it
     python -m benchmarks alone              a script without a cluster against plain torch
     python -m benchmarks limits             the machine's limits only
 

@@ -13,7 +13,7 @@ from benchmarks.workload import parse_sizes
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; exit 1 if its parameters did not end right."""
     arguments = _parser().parse_args(argv)
-    result = {"dense": _dense, "alone": _alone, "limits": _limits}[arguments.benchmark](arguments)
+    result = {"dense": _dense, "alone": _alone, "failover": _failover, "limits": _limits}[arguments.benchmark](arguments)
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
@@ -33,7 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--workers", type=int, default=2)
     dense.add_argument("--servers", type=int, default=2)
     dense.add_argument("--mode", choices=("sync", "async"), default="sync")
+    dense.add_argument("--replicas", type=int, default=1, help="above 1: beside one replica, in the same run")
     dense.add_argument("--runs", type=int, default=1, help="repeat; the median run of each size is shown")
+    failover = commands.add_parser("failover", parents=[common], help="servers killed under load, real processes")
+    failover.add_argument("--runs", type=int, default=20, help="faults of each kind under each load")
+    failover.add_argument("--faults", default="SIGKILL,SIGSTOP", help="a SIGSTOP run takes 40 s")
+    failover.add_argument("--loads", default="async,sync")
+    failover.add_argument("--no-peers", action="store_true", help="without Redis and etcd")
     commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
     commands.add_parser("limits", parents=[common], help="the machine's limits only")
     return parser
@@ -42,8 +48,15 @@ def _parser() -> argparse.ArgumentParser:
 def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import dense
 
-    plan = dense.Plan(arguments.sizes, arguments.workers, arguments.servers, arguments.mode)
+    plan = dense.Plan(arguments.sizes, arguments.workers, arguments.servers, arguments.mode, arguments.replicas)
     return dense.run(plan, arguments.runs)
+
+
+def _failover(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import failover
+
+    faults, loads = arguments.faults.split(","), arguments.loads.split(",")
+    return failover.run(arguments.runs, faults, loads, not arguments.no_peers)
 
 
 def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Dense steps of real processes, beside the limits of the same run.
 
     python -m benchmarks dense --sizes 1M,16M,64M --workers 2 --servers 2 --mode sync
+    python -m benchmarks dense --replicas 2      # beside one replica: what the second copy costs
 
 A step of a synchronous pair is as long as the slower worker's; push and pull are bytes of
 all workers over the slower one's time. Ratios are to bare gRPC streaming, measured just
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Plan:
     workers: int
     servers: int
     mode: str
+    replicas: int = 1
+    """Copies of each partition; above 1 the same is run with one copy too, and steps are compared."""
 
     def steps(self, elements: int) -> int:
         """Timed steps of a size."""
@@ -60,25 +63,39 @@ class Row:
     """push_gbps over bare gRPC streaming up."""
     pull_of_grpc: float
     """pull_gbps over bare gRPC streaming down."""
+    of_one_replica: float = 1.0
+    """step_ms over that of one replica in the same run."""
 
 
 def run(plan: Plan, runs: int = 1) -> dict[str, Any]:
     """Measure limits and rows, `runs` times; the median run of each size counts."""
-    limits, passes = [measure()], []
+    limits = [measure()]
+    passes: dict[int, list[list[Row]]] = {replicas: [] for replicas in sorted({1, plan.replicas})}
     for _ in range(runs):
-        results = _run_cluster(plan)
-        limits.append(measure())
-        between = limits[-2].median_with([limits[-1]])
-        passes.append([_row(name, plan, results, between) for name in plan.sizes])
-    rows = [_median_row([p[i] for p in passes]) for i in range(len(plan.sizes))]
-    return {
+        for replicas, rows in passes.items():
+            one = replace(plan, replicas=replicas)
+            results = _run_cluster(one)
+            limits.append(measure())
+            between = limits[-2].median_with([limits[-1]])
+            rows.append([_row(name, one, results, between) for name in plan.sizes])
+    rows = {
+        replicas: [_median_row([p[i] for p in done]) for i in range(len(plan.sizes))]
+        for replicas, done in passes.items()
+    }
+    compared = [
+        replace(row, of_one_replica=row.step_ms / single.step_ms)
+        for row, single in zip(rows[plan.replicas], rows[1], strict=True)
+    ]
+    result = {
         "workers": plan.workers,
         "servers": plan.servers,
         "mode": plan.mode,
+        "replicas": plan.replicas,
         "runs": runs,
         "limits": limits[0].median_with(limits[1:]).as_dict(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in compared],
     }
+    return result if plan.replicas == 1 else result | {"one_replica": [asdict(row) for row in rows[1]]}
 
 
 def _median_row(rows: list[Row]) -> Row:
@@ -93,7 +110,7 @@ def _run_cluster(plan: Plan) -> list[dict[str, Any]]:
     from tests.cluster.processes import ProcessCluster
 
     text = json.dumps({**asdict(plan), "steps": {name: plan.steps(n) for name, n in plan.sizes.items()}})
-    with ProcessCluster(servers=plan.servers, start_workers=plan.workers) as cluster:
+    with ProcessCluster(servers=plan.servers, replicas=plan.replicas, start_workers=plan.workers) as cluster:
         out = cluster.directory / "dense.jsonl"
         for index in range(plan.workers):
             command = [sys.executable, "-m", "benchmarks.dense_worker", text, str(out)]

@@ -16,6 +16,11 @@ def show(benchmark: str, result: dict[str, Any]) -> None:
     if benchmark == "alone":
         _show_alone(console, result)
         return
+    if benchmark == "failover":
+        from benchmarks import failover
+
+        failover.show(console, result)
+        return
     _show_limits(console, result["limits"])
     if benchmark == "dense":
         _show_dense(console, result)
@@ -30,9 +35,26 @@ def _show_limits(console: Console, limits: dict[str, float]) -> None:
 
 
 def _show_dense(console: Console, result: dict[str, Any]) -> None:
+    if "one_replica" in result:
+        _show_rows(console, {**result, "replicas": 1, "rows": result["one_replica"]})
+    _show_rows(console, result)
+
+
+def _show_rows(console: Console, result: dict[str, Any]) -> None:
     title = f"Dense {result['mode']} steps, {result['workers']} workers, {result['servers']} servers"
-    table = Table(title=title)
-    heads = ["size", "step ms", "p90", "push GB/s", "/ gRPC", "pull GB/s", "/ gRPC", "apply+pull ms", "parameters"]
+    table = Table(title=f"{title}, replicas: {result['replicas']}")
+    heads = [
+        "size",
+        "step ms",
+        "p90",
+        "push GB/s",
+        "/ gRPC",
+        "pull GB/s",
+        "/ gRPC",
+        "apply+pull ms",
+        "/ 1 replica",
+        "parameters",
+    ]
     for head in heads:
         table.add_column(head, justify="right")
     for row in result["rows"]:
@@ -41,7 +63,7 @@ def _show_dense(console: Console, result: dict[str, Any]) -> None:
             row["size"], f"{row['step_ms']:.1f}", f"{row['step_p90_ms']:.1f}",
             f"{row['push_gbps']:.2f}", f"{row['push_of_grpc']:.0%}",
             f"{row['pull_gbps']:.2f}", f"{row['pull_of_grpc']:.0%}",
-            f"{row['apply_and_pull_ms']:.1f}", verdict,
+            f"{row['apply_and_pull_ms']:.1f}", f"{row['of_one_replica']:.2f}", verdict,
         )  # fmt: skip
     console.print(table)
 

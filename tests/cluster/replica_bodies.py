@@ -40,13 +40,16 @@ def train(desk: Desk) -> None:
 
     Args on the desk (with defaults): epochs 2, seconds 0 (of computing per step), mode "sync",
     every 2 (mode "local"), half_at (a step whose pull is let through to some partitions only;
-    it waits for the gate "go" before the others; `spared` are those that wait).
+    it waits for the gate "go" before the others; `spared` are those that wait), stop_at (a gate: once
+    it is open, the loop ends with the epoch), stop_after (steps).
     """
     args = {"epochs": 2, "seconds": 0.0, "mode": "sync", "every": 2, **desk.args}
-    torch.manual_seed(5)
     layers = [nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32), nn.Linear(32, 10)]
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
     draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # not by the global generator, which workers in threads share
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
     images, labels = torch.randn(320, 64, generator=draw), torch.randint(0, 10, (320,), generator=draw)
     loader = paramesh.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True, seed=1)
     extra: dict[str, Any] = {"every": args["every"]} if args["mode"] == "local" else {}
@@ -67,7 +70,17 @@ def train(desk: Desk) -> None:
             optimizer.step()
             steps += 1
             desk.emit("step", step=steps)
+            if steps == args.get("stop_after"):
+                break
+        # All or none: a worker that goes on alone would end in other bits.
+        if steps == args.get("stop_after") or ("stop_at" in args and agreed(desk.is_open(args["stop_at"]))):
+            break
     desk.emit("final", steps=steps, digest=digest(model))
+
+
+def agreed(opinion: bool) -> bool:
+    """Whether any worker thinks so; the same on all."""
+    return float(paramesh.mean(torch.tensor(float(opinion)))) > 0
 
 
 def _pull_in_halves(desk: Desk, step: int, later: set[int]) -> None:
