@@ -244,21 +244,25 @@ class AsyncClient(Delivery):
         if kept is not None and kept.step <= step:
             del self._kept[group]
 
-    async def _restage(self, partition: int, group: int, step: int, missing: Sequence[int]) -> bool:
+    async def _restage(
+        self, partition: int, group: int, step: int, missing: Sequence[int], records: Sequence[pb.StepRecord]
+    ) -> bool:
         kept = self._kept.get(group)
         if self.client_id not in missing or kept is None or kept.step != step:
             return False
         again = {a: encoded for (p, a), encoded in kept.contributions.items() if p == partition}
         for attempt, encoded in sorted(again.items()):  # the decision says which of them counts
             log.info("bringing a new primary what was staged partition=%d step=%d attempt=%d", partition, step, attempt)
-            await self._restage_one(group, step, encoded, attempt)
+            await self._restage_one(group, step, encoded, attempt, records)
         return bool(again)
 
-    async def _restage_one(self, group: int, step: int, encoded: Encoded, attempt: int) -> None:
+    async def _restage_one(
+        self, group: int, step: int, encoded: Encoded, attempt: int, records: Sequence[pb.StepRecord]
+    ) -> None:
         """One try: whoever waits for the partition tries again, and then this does."""
         node, _ = self.routes.primary(encoded.partition)
         head = self._staged_header(encoded.partition, group, step, attempt)
-        messages = [self._preamble(()), *encoded.messages(head)]
+        messages = [self._preamble(records), *encoded.messages(head)]
         try:
             outcomes = _outcomes(await self.lane(node.address).push(messages, self.push_timeout))
         except ParameshError as error:

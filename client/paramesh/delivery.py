@@ -189,7 +189,7 @@ class Delivery:
         """
         missing = [int(c) for c in error.metadata["client_ids"].split(",")]
         step = int(error.metadata["step"])  # not always that of the last record
-        if await self._restage(partition, group, step, missing):
+        if await self._restage(partition, group, step, missing, records):
             return
         answer = await self.ledger.report_missing(
             ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
@@ -200,8 +200,13 @@ class Delivery:
                 permission = known[0] if known else record.degraded.add(partition=partition)
                 permission.client_ids[:] = sorted({*permission.client_ids, *answer.degraded})
 
-    async def _restage(self, partition: int, group: int, step: int, missing: Sequence[int]) -> bool:
-        """Bring a partition this client's contribution of a step again, if it lacks it; whether it did."""
+    async def _restage(
+        self, partition: int, group: int, step: int, missing: Sequence[int], records: Sequence[pb.StepRecord]
+    ) -> bool:
+        """Bring a partition this client's contribution of a step again, if it lacks it; whether it did.
+
+        The decision goes along: a partition takes what it names even of a client that is fenced.
+        """
         raise NotImplementedError
 
     async def close_lanes(self) -> None:

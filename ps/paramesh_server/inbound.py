@@ -84,7 +84,7 @@ class Inbound:
         slot: Slot | None = await self._find(first.partition)
         if slot is None:
             raise refuse("NOT_READY", f"the map lists no replica of partition {first.partition} here")
-        slot.replica.greet(first.epoch)
+        slot.replica.greet(first.epoch, first.row_version if isinstance(first, rp.AppendHeader) else 0)
         return slot
 
     async def Append(
@@ -198,12 +198,14 @@ async def _until_diverged(slot: Slot, records: AsyncIterator[T]) -> AsyncIterato
     coming = asyncio.ensure_future(anext(records))
     try:
         while True:
+            if slot.closed:
+                raise refuse("NOT_READY", f"partition {slot.number} was given up here", partition=slot.number)
             if slot.replica.diverged:
                 raise refuse("DIVERGED", f"partition {slot.number} has another state here than at its primary")
             stirred = asyncio.ensure_future(slot.stirred(WATCH_S))
             await asyncio.wait({coming, stirred}, return_when=asyncio.FIRST_COMPLETED)
             stirred.cancel()
-            if coming.done() and not slot.replica.diverged:
+            if coming.done() and not slot.replica.diverged and not slot.closed:
                 try:
                     yield coming.result()
                 except StopAsyncIteration:

@@ -11,6 +11,8 @@ The rules are the protocol's, section 1. Two of them carry everything:
 - A record is committed when all who *may* be in the in-sync set have it: the set of the last
   map, the one asked for while the outcome is unknown, and whoever is about to be asked for.
   So whatever set the coordinator promotes from, each member has every acknowledged record.
+- A follower may have dropped its replica and made it again, empty, by rows that this primary never
+  saw. So a learner counts for what it says at a greeting under the newest row, and after it.
 - What became of a wish is known only by a map in which the row has changed: a refusal or
   silence is no outcome, since the call may still arrive.
 """
@@ -96,6 +98,11 @@ class InSync:
         """Since when each owes an acknowledgement, or when it last gave one."""
 
     @property
+    def version(self) -> int:
+        """Of the newest row."""
+        return self._version
+
+    @property
     def followers(self) -> frozenset[Ref]:
         """Everybody whom records are sent to."""
         return (self.isr | self.learners | self._waiting()) - {self.me}
@@ -130,7 +137,9 @@ class InSync:
         self.learners = frozenset(map(Ref.of, row.learners))
         if self._wish is not None and row.version > self._wish.version:
             self._wish = None  # decided, or never to be: the row that it was compared with is gone
-        self._joining &= self.learners
+        self._joining.clear()
+        for ref in self.learners:  # each is greeted anew, and says what it has now
+            self._acked.pop(ref, None)
         for ref in self.followers:
             self._since.setdefault(ref, now)
         self._forget_strangers()
@@ -149,12 +158,17 @@ class InSync:
         self.last = lsn
         self._advance()
 
-    def acked(self, ref: Ref, lsn: int, now: float) -> None:
+    def acked(self, ref: Ref, lsn: int, now: float, version: int | None = None) -> None:
         """A follower has everything up to `lsn`; never less than it said before.
 
-        A follower that lost its memory is another incarnation, so another `Ref`.
+        Args:
+            ref: who.
+            lsn: the last record in its memory.
+            now: seconds.
+            version: of the row under which its stream began; None: the newest. A learner's word under
+                an older one counts for nothing.
         """
-        if ref not in self.followers:
+        if ref not in self.followers or (ref in self.learners and version not in (None, self._version)):
             return
         if lsn > self._acked.get(ref, 0) or lsn >= self.last:
             self._since[ref] = now

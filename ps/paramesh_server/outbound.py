@@ -150,6 +150,7 @@ class _Stream:
         self._slot = slot
         self._ref = ref
         self._epoch = slot.replica.machine.epoch
+        self._version = slot.replica.insync.version
         self.answered = False
         """The follower was there: the next try need not wait long."""
 
@@ -164,7 +165,9 @@ class _Stream:
             SERVICE + "Append", request_serializer=bytes, response_deserializer=rp.AppendResponse.FromString
         )()
         try:
-            await call.write(encode(self._greeting(rp.AppendHeader)))
+            greeting = self._greeting(rp.AppendHeader)
+            greeting.row_version = self._version
+            await call.write(encode(greeting))
             async with asyncio.timeout(GREETING_S):
                 answer = await self._read(call)
             self.answered = True
@@ -219,7 +222,7 @@ class _Stream:
         if replica.role is not Role.PRIMARY:
             raise refuse("NOT_PRIMARY", f"partition {self._slot.number} was deposed")
         before = replica.insync.commit
-        replica.insync.acked(self._ref, lsn, time.monotonic())
+        replica.insync.acked(self._ref, lsn, time.monotonic(), self._version)
         pin = replica.pins.get(self._ref)
         if pin is not None and lsn > pin:
             del replica.pins[self._ref]
@@ -232,6 +235,7 @@ class _Stream:
         try:
             sent, told = at, -1
             while not reader.done():
+                self._check_row()
                 commit = self._slot.replica.commit
                 records = self._log.after(sent.lsn)
                 if records is None:
@@ -247,6 +251,12 @@ class _Stream:
             reader.result()
         finally:
             reader.cancel()
+
+    def _check_row(self) -> None:
+        """A learner is greeted anew under every row: it may have been dropped in between."""
+        insync = self._slot.replica.insync
+        if self._ref in insync.learners and insync.version != self._version:
+            raise refuse("NOT_READY", f"the row of partition {self._slot.number} has changed")
 
     async def _idle(self, reader: asyncio.Future[None]) -> None:
         stirred = asyncio.ensure_future(self._slot.stirred(IDLE_S))

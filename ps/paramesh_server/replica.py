@@ -94,6 +94,8 @@ class Replica:
         """Followers that fetch a snapshot -> its number: what follows it is kept for them."""
         self.reign = 0
         """Counts the times that it began to lead: an answer formed in one is nothing in the next."""
+        self.version = 0
+        """Of the newest row that was followed here."""
         self.diverged = False
         """As follower: what it has applied is not what the primary has; only a snapshot mends it."""
         self._serves_from = 0
@@ -179,17 +181,24 @@ class Replica:
             self.pins.clear()
         self.machine.log.replicated = True
 
-    def greet(self, epoch: int) -> None:
+    def greet(self, epoch: int, version: int = 0) -> None:
         """A primary's stream begins.
+
+        Args:
+            epoch: the primary's.
+            version: of the row that it follows.
 
         Raises:
             Retryable: STALE_EPOCH, if a newer one was promised; NOT_READY, if this replica is
-                the primary of that very epoch.
+                the primary of that very epoch, or follows an older row: by that or the next it
+                may be dropped, and what it told the primary would be gone.
         """
         if epoch < self.promised:
             raise refuse("STALE_EPOCH", f"epoch {epoch} is over, {self.promised} was promised", epoch=self.promised)
         if self.role is Role.PRIMARY and epoch == self.promised:
             raise refuse("NOT_READY", f"this is the primary of epoch {epoch}")
+        if version > self.version:
+            raise refuse("NOT_READY", f"the map here is older (row {self.version}) than the primary's ({version})")
         self.heed(epoch)
 
     def offer(self, epoch: int, previous: Position, record: Record) -> None:

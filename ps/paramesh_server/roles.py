@@ -31,6 +31,7 @@ async def take_role(slot: Slot, row: pb.Partition, *, mine: bool, dead: frozense
         Whether the replica leads from now on, and did not before.
     """
     replica = slot.replica
+    replica.version = max(replica.version, row.version)
     if not mine:
         if replica.role is Role.PRIMARY and row.epoch > replica.machine.epoch:
             log.warning("partition=%d deposed epoch=%d primary=%s", row.id, row.epoch, row.primary.node)

@@ -38,6 +38,7 @@ class Greeting:
     follower: Ref
     partition: int
     epoch: int
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Sender:
     def __init__(self, server: Server, slot: Slot, ref: Ref, snapshot: bool) -> None:
         self._server, self._slot, self._ref, self._snapshot = server, slot, ref, snapshot
         self._epoch = slot.replica.machine.epoch
+        self._version = slot.replica.insync.version
         self.answered = False
 
     @property
@@ -121,7 +123,7 @@ class Sender:
         return self._slot.replica.machine.log
 
     def _greeting(self) -> Greeting:
-        return Greeting(self._server.ref, self._ref, self._slot.number, self._epoch)
+        return Greeting(self._server.ref, self._ref, self._slot.number, self._epoch, self._version)
 
     def _check_known(self) -> None:
         """`Outbound.channel`: the map must know the process."""
@@ -176,7 +178,7 @@ class Sender:
         if replica.role is not Role.PRIMARY:
             raise refuse("NOT_PRIMARY", f"partition {self._slot.number} was deposed")
         before = replica.insync.commit
-        replica.insync.acked(self._ref, lsn, self._server.kernel.now)
+        replica.insync.acked(self._ref, lsn, self._server.kernel.now, self._version)
         pin = replica.pins.get(self._ref)
         if pin is not None and lsn > pin:
             del replica.pins[self._ref]
@@ -189,6 +191,7 @@ class Sender:
         try:
             sent, told = at, -1
             while not reader.done:
+                self._check_row()
                 commit = self._slot.replica.commit
                 records = self._log.after(sent.lsn)
                 if records is None:
@@ -205,6 +208,11 @@ class Sender:
             await reader
         finally:
             reader.cancel()
+
+    def _check_row(self) -> None:
+        insync = self._slot.replica.insync
+        if self._ref in insync.learners and insync.version != self._version:
+            raise refuse("NOT_READY", f"the row of partition {self._slot.number} has changed")
 
     async def _idle(self, reader: Task) -> None:
         either = Future()
@@ -245,13 +253,13 @@ class Inbound:
     process: Process
     ref: Ref
 
-    async def _accepting(self: Any, first: Greeting) -> Slot:
+    async def _accepting(self: Any, first: Greeting, version: int) -> Slot:
         if first.follower != self.ref:
             raise refuse("UNKNOWN_NODE", f"this is {self.ref.node} of another incarnation")
         slot: Slot | None = await self.find_replica(first.partition)
         if slot is None:
             raise refuse("NOT_READY", f"the map lists no replica of partition {first.partition} here")
-        slot.replica.greet(first.epoch)
+        slot.replica.greet(first.epoch, version)
         return slot
 
     async def append(self: Any, end: End) -> None:
@@ -259,7 +267,7 @@ class Inbound:
         slot: Slot | None = None
         try:
             first = await end.get()
-            slot = await self._accepting(first)
+            slot = await self._accepting(first, first.version)
             end.send(_where(slot))
             while True:
                 if self._take(slot, await self._until_diverged(slot, end)):
@@ -273,6 +281,8 @@ class Inbound:
         coming = self.spawn(_next(end), "coming")
         try:
             while True:
+                if slot.closed:
+                    raise refuse("NOT_READY", f"partition {slot.number} was given up here")
                 if slot.replica.diverged:
                     raise refuse("DIVERGED", f"partition {slot.number} has another state here than at its primary")
                 either = Future()
@@ -280,7 +290,7 @@ class Inbound:
                 coming.waiters.append(either.set)
                 if not coming.done:
                     await self.kernel.wait(either, WATCH_S)
-                if coming.done and not slot.replica.diverged:
+                if coming.done and not slot.replica.diverged and not slot.closed:
                     head: Head | None = await coming
                     if head is None:
                         raise StreamEnded
@@ -320,7 +330,7 @@ class Inbound:
     async def install(self: Any, snapshot: Snapshot) -> int:
         """Take a whole snapshot; until its last byte is here the old state stays."""
         first = snapshot.greeting
-        slot = await self._accepting(first)
+        slot = await self._accepting(first, 0)
         machine: Partition = await self.make(self.routes.partition(first.partition))
         await self.pool()
         machine.restore(snapshot.state, snapshot.writes)

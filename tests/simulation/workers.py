@@ -198,20 +198,23 @@ class Worker(Client):
     async def _mend_staging(self, error: ParameshError, request: Any) -> Any:
         partition, step = request.partition, int(error.metadata["step"])
         missing = [int(client) for client in error.metadata["client_ids"].split(",")]
-        if self.client_id in missing and self.kept_step == step and await self._restage(partition, step):
+        if self.client_id in missing and self.kept_step == step and await self._restage(request, step):
             return request
         permitted = await self.patiently("ledger", "report_missing", (step, partition, missing))
         if not permitted:
             return request
         return _with(request, tuple(_degraded(record, step, partition, permitted) for record in request.committed))
 
-    async def _restage(self, partition: int, step: int) -> bool:
+    async def _restage(self, asked: Any, step: int) -> bool:
+        partition = asked.partition
         again = [(a, made) for (p, a), made in sorted(self.kept.items(), key=lambda kept: kept[0]) if p == partition]
         for attempt, made in again:
             self.kernel.note(f"{self.name} brings p{partition} step {step} attempt {attempt} again")
             try:
-                await self.once("push", Push(self.client_id, partition, 0, made, staged=StagedAt(GROUP, step, attempt)))
+                at = StagedAt(GROUP, step, attempt)
+                await self.once("push", Push(self.client_id, partition, 0, made, staged=at, committed=asked.committed))
             except ParameshError as error:
+                self.kernel.note(f"{self.name} was refused: {error!r}")
                 if error.reason == "SEQ_REUSED":
                     raise
         return bool(again)

@@ -312,6 +312,7 @@ class AppendHeader(google.protobuf.message.Message):
     COMMIT_LSN_FIELD_NUMBER: builtins.int
     RECORD_FIELD_NUMBER: builtins.int
     FRAME_FIELD_NUMBER: builtins.int
+    ROW_VERSION_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     """epoch is the sender's. STALE_EPOCH if a higher one was promised."""
@@ -320,6 +321,10 @@ class AppendHeader(google.protobuf.message.Message):
     previous_epoch: builtins.int
     commit_lsn: builtins.int
     """commit_lsn is committed: it may be applied."""
+    row_version: builtins.int
+    """row_version, on the first message, is of the row that the primary follows. NOT_READY while the
+    follower's map is older: by that map it may yet drop the replica whose place it would tell.
+    """
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader:
         """request, primary and follower are on the first message of a stream, which brings no
@@ -353,9 +358,10 @@ class AppendHeader(google.protobuf.message.Message):
         commit_lsn: builtins.int = ...,
         record: global___LogRecord | None = ...,
         frame: paramesh.v1.types_pb2.Frame | None = ...,
+        row_version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["follower", b"follower", "frame", b"frame", "primary", b"primary", "record", b"record", "request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["commit_lsn", b"commit_lsn", "epoch", b"epoch", "follower", b"follower", "frame", b"frame", "partition", b"partition", "previous_epoch", b"previous_epoch", "previous_lsn", b"previous_lsn", "primary", b"primary", "record", b"record", "request", b"request"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commit_lsn", b"commit_lsn", "epoch", b"epoch", "follower", b"follower", "frame", b"frame", "partition", b"partition", "previous_epoch", b"previous_epoch", "previous_lsn", b"previous_lsn", "primary", b"primary", "record", b"record", "request", b"request", "row_version", b"row_version"]) -> None: ...
 
 global___AppendHeader = AppendHeader
 

@@ -49,3 +49,20 @@ def test_steps_that_bring_nothing_new_are_asked_for_again_after_a_while() -> Non
     assert mend([bare], FakeLedger(bare)) == ([bare], 1)
     assert mend([], FakeLedger()) == ([], 1)
     assert mend([], FakeLedger(bare)) == ([bare], 0)
+
+
+def test_what_is_brought_again_carries_the_decision_that_names_it() -> None:
+    """A client that was evicted after it was ready is fenced: only the record opens the door for it."""
+    client: Any = AsyncClient.__new__(AsyncClient)
+    brought: list[Any] = []
+
+    async def restage(*asked: Any) -> bool:
+        brought.append(asked)
+        return True
+
+    client._restage = restage
+    backoff: Any = NoWait()
+    record = types_pb2.StepRecord(group=1, step=4, contributors=[types_pb2.Contributor(client_id=9)])
+    failed = {3: refuse("NOT_STAGED", "lacks", step=4, client_ids="9")}
+    assert asyncio.run(client._mend(failed, 1, [record], 1, backoff)) == [record]
+    assert brought == [(3, 1, 4, [9], [record])]

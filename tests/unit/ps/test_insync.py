@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from paramesh.errors import ParameshError
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.insync import JOIN_LAG, REPEAT_S, SILENT_S, InSync, Ref, Wish
+from paramesh_server.replica import Replica
+from ps_building import fresh, table
 
 ME, B, C, D = (Ref(name, 1) for name in "abcd")
 
@@ -217,3 +221,28 @@ def test_a_new_primary_asks_for_a_learner_only_with_all_that_it_took_over() -> N
     wish = p.wish(0.2)
     assert wish is not None
     assert wish.isr == {ME, B, C}
+
+
+def test_a_learner_counts_for_what_it_says_under_the_newest_row() -> None:
+    """It was in sync, was dropped and forgot everything, and learns: the primary saw only the ends of that."""
+    p = primary({ME, B})
+    p.appended(3, 0.0)
+    p.acked(B, 3, 0.0, version=1)
+    p.follow(row(3, {ME}, {B}), 1.0)
+    p.acked(B, 3, 1.0, version=1)  # an old stream, of the replica that is gone
+    assert p.wish(1.1) is None
+    p.acked(B, 0, 1.2, version=3)
+    assert p.wish(1.2) is None
+    p.acked(B, 3, 1.3, version=3)
+    wish = p.wish(1.3)
+    assert wish is not None
+    assert wish.isr == {ME, B}
+
+
+def test_a_follower_that_knows_only_an_older_row_is_not_greeted_yet() -> None:
+    replica = Replica(fresh(table([8])), B)
+    replica.version = 2
+    with pytest.raises(ParameshError) as caught:
+        replica.greet(1, version=3)
+    assert caught.value.reason == "NOT_READY"
+    replica.greet(1, version=2)
