@@ -16,6 +16,7 @@ from typing import Any
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import Action, ParameshError, refuse
 from paramesh.retry import Backoff
+from paramesh.rotation import CAP_S, NEXT_S, Rotation, elsewhere
 from paramesh.routing import Routes
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
@@ -39,19 +40,21 @@ class CoordinatorLink:
     """
 
     def __init__(self, addresses: str, job: str):
-        self._addresses = [a.strip() for a in addresses.split(",") if a.strip()]
+        self._turns = Rotation(addresses)
         self.job = job
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._at = 0
         self.routes: Routes | None = None
         self.map_changed = asyncio.Event()
         """Set and replaced at every new map."""
         self.listeners: list[Callable[[Routes], None]] = []
         self._watcher: asyncio.Task[None] | None = None
+        self._watched = ""
+        """Where the watch is now; empty between two."""
+        self._stream: Any = None
 
     def channel(self) -> grpc.aio.Channel:
         """The channel to the coordinator that answered last."""
-        address = self._addresses[self._at]
+        address = self.address
         if address not in self._channels:
             self._channels[address] = aio_channel(address)
         return self._channels[address]
@@ -59,7 +62,7 @@ class CoordinatorLink:
     @property
     def address(self) -> str:
         """The coordinator in use."""
-        return self._addresses[self._at]
+        return self._turns.address
 
     async def call(
         self,
@@ -83,14 +86,17 @@ class CoordinatorLink:
         """
         deadline = time.monotonic() + timeout
         warn_at = time.monotonic() + _WARN_AFTER_S
-        backoff = Backoff()
         while True:
+            address = self.address
             try:
-                return await make(self.channel())
+                answer = await make(self.channel())
             except grpc.RpcError as exc:
-                error = from_rpc_error(exc, self.address)
+                error = from_rpc_error(exc, address)
+            else:
+                self._answered(address)
+                return answer
             refused = error.action is Action.BACK_OFF or error.reason in passing
-            if error.reason not in ("UNREACHABLE", "DEADLINE") and not refused:
+            if not elsewhere(error) and not refused:
                 raise error
             if time.monotonic() >= deadline:
                 raise self._gave_up(error, timeout, what, refused)
@@ -98,13 +104,21 @@ class CoordinatorLink:
                 left = deadline - time.monotonic()
                 log.warning("%s: still trying for %d s more: %s", what, left, error)
                 warn_at = time.monotonic() + 2 * _WARN_AFTER_S
-            self._at = (self._at + 1) % len(self._addresses)
-            await asyncio.sleep(backoff.next())
+            # Another call may have turned already: two turns would skip an address.
+            wait = self._turns.failed(error) if address == self.address else 0.0
+            await asyncio.sleep(max(wait, NEXT_S))
+
+    def _answered(self, address: str) -> None:
+        if address == self.address:
+            self._turns.succeeded()
+            if self._watched not in ("", address) and self._stream is not None:
+                # The watch hangs at one that is stopped or cut off: silence alone would take long to tell.
+                self._stream.cancel()
 
     def _gave_up(self, error: ParameshError, timeout: float, what: str, refused: bool) -> ParameshError:
         if refused:
             return refuse("DEADLINE", f"waited {timeout:g} s for {what}: {error}", what=what, last=error.reason)
-        addresses = ", ".join(self._addresses)
+        addresses = ", ".join(self._turns.addresses)
         return refuse(
             "UNREACHABLE",
             f"no coordinator answered at {addresses} within {timeout:g} s ({what}). Is ps-coordinator running "
@@ -136,23 +150,37 @@ class CoordinatorLink:
         self._watcher = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(cap=CAP_S)
         while True:
+            address, wait = self.address, None
             try:
-                stub = coordinator_pb2_grpc.MapServiceStub(self.channel())
-                version = self.routes.version if self.routes else 0
-                stream = stub.WatchMap(co.WatchMapRequest(request=header(self.job), version=version))
-                while True:
-                    async with asyncio.timeout(_WATCH_SILENCE_S):
-                        response = await stream.read()
-                    if response is grpc.aio.EOF:
-                        break
-                    self.set_map(Routes(response.map))
-                    backoff = Backoff()
+                await self._watch_at(address)
+            except asyncio.CancelledError:
+                if _ending():
+                    raise
+                wait = NEXT_S  # only the stream was cancelled: another coordinator answers
             except (grpc.RpcError, TimeoutError) as exc:
-                log.debug("map watch broke address=%s error=%r", self.address, exc)
-                self._at = (self._at + 1) % len(self._addresses)
-            await asyncio.sleep(backoff.next())
+                log.debug("map watch broke address=%s error=%r", address, exc)
+                error = from_rpc_error(exc, address) if isinstance(exc, grpc.RpcError) else None
+                if address == self.address:
+                    wait = self._turns.failed(error)
+            self._watched = ""
+            await asyncio.sleep(backoff.next() if wait is None else max(wait, NEXT_S))
+
+    async def _watch_at(self, address: str) -> None:
+        """Follow the map at one coordinator until the stream ends."""
+        stub = coordinator_pb2_grpc.MapServiceStub(self.channel())
+        version = self.routes.version if self.routes else 0
+        self._watched = address
+        self._stream = stream = stub.WatchMap(co.WatchMapRequest(request=header(self.job), version=version))
+        while True:
+            async with asyncio.timeout(_WATCH_SILENCE_S):
+                response = await stream.read()
+            if response is grpc.aio.EOF:
+                return
+            self.set_map(Routes(response.map))
+            if address == self.address:
+                self._turns.succeeded()
 
     async def close(self) -> None:
         """Stop watching and close the channels."""
@@ -162,3 +190,9 @@ class CoordinatorLink:
                 await self._watcher
         for channel in self._channels.values():
             await channel.close()
+
+
+def _ending() -> bool:
+    """Whether this task, and not only a stream that it reads, is being cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -7,16 +7,16 @@ clients are given 10 s, and why supervised ones are not asked to beat at all.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
-import itertools
 import logging
 from collections.abc import AsyncIterator
 
 from paramesh.channel import aio_channel, grpc
 from paramesh.client import AsyncClient
 from paramesh.config import ClientConfig
-from paramesh.retry import Backoff
+from paramesh.errors import ParameshError
+from paramesh.rotation import NEXT_S, Rotation
+from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1.coordinator_pb2_grpc import MembershipStub
 
@@ -41,21 +41,21 @@ async def beat(client: AsyncClient, config: ClientConfig) -> None:
 
     Tries the coordinators in turn; the process goes on whatever happens here.
     """
-    addresses = itertools.cycle(config.coordinators.split(","))
-    backoff = Backoff()
-    for address in addresses:
-        end = await _beat_to(address, client)
+    turns = Rotation(config.coordinators)
+    while True:
+        address = turns.address
+        end, error = await _beat_to(address, client)
         log.debug("heartbeat ended address=%s why=%r", address, end.value)
         if end is _End.UNKNOWN:
             log.warning("heartbeat refused client_id=%d: it was evicted", client.client_id)
             return
         if end is _End.BROKEN:
-            backoff = Backoff()
-        await asyncio.sleep(backoff.next())
+            turns.succeeded()
+        await asyncio.sleep(max(turns.failed(error), NEXT_S))
 
 
-async def _beat_to(address: str, client: AsyncClient) -> _End:
-    """One stream of beats."""
+async def _beat_to(address: str, client: AsyncClient) -> tuple[_End, ParameshError | None]:
+    """One stream of beats; how it ended, and with what refusal if with one."""
     nonces = asyncio.Queue[int]()
     nonces.put_nowait(0)
 
@@ -67,16 +67,20 @@ async def _beat_to(address: str, client: AsyncClient) -> _End:
     end = _End.SILENT
     async with aio_channel(address, heartbeat=True) as channel:
         call = MembershipStub(channel).Heartbeat(beats())
-        with contextlib.suppress(grpc.RpcError, TimeoutError):
+        try:
             while True:
                 async with asyncio.timeout(SILENCE):
                     answer = await call.read()
                 if answer is grpc.aio.EOF:
-                    return end
+                    return end, None
                 if answer.unknown:
-                    return _End.UNKNOWN
+                    return _End.UNKNOWN, None
                 end = _End.BROKEN
                 await asyncio.sleep(client.heartbeat_interval)
                 nonces.put_nowait(answer.nonce)
-        call.cancel()
-    return end
+        except grpc.RpcError as error:
+            return end, from_rpc_error(error, address)
+        except TimeoutError:
+            return end, None
+        finally:
+            call.cancel()

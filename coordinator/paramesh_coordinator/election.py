@@ -41,7 +41,7 @@ class Switch(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._handlers: list[Any] = []
-        self._why = refuse("NOT_READY", "this coordinator is starting")
+        self._why = refuse("NOT_READY", "this coordinator is starting", standby=True)
         standing_by = self._stand_by
 
         async def refusing(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
@@ -57,7 +57,7 @@ class Switch(grpc.GenericRpcHandler):  # type: ignore[misc]
     def stand_by(self, why: str, leader: str = "") -> None:
         """Refuse from now on, naming the leader if there is one."""
         named = {"leader": leader} if leader else {}
-        self._why = refuse("NOT_READY", why, **named)
+        self._why = refuse("NOT_READY", why, standby=True, **named)
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of a call."""

@@ -36,6 +36,11 @@ REACH_SECONDS = 4.0
 LEDGER_SECONDS = 2.0
 """A ledger that does not answer must not hide what the coordinator said."""
 
+ELECTION_LOOK_SECONDS = 0.2
+"""Between two rounds while the coordinators elect one."""
+
+_AWAY = frozenset({"UNREACHABLE", "DEADLINE"})
+
 _NODE = {value: name.removeprefix("NODE_STATE_").lower() for name, value in pb.NodeState.items()}
 _PARTITION = {value: name.removeprefix("PARTITION_STATE_").lower() for name, value in pb.PartitionState.items()}
 _ACTIVITY = {value: name.removeprefix("ACTIVITY_").lower() for name, value in lg.Activity.items()}
@@ -58,15 +63,27 @@ async def ask_coordinator(
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
-    failures: list[ParameshError] = []
-    for address in addresses:
-        async with aio_channel(address) as channel:
-            try:
-                call = getattr(service(channel), method)
-                return await call(request, timeout=seconds / len(addresses), wait_for_ready=False), address
-            except grpc.RpcError as exc:
-                failures.append(from_rpc_error(exc, address))
-    answered = next((f for f in failures if f.reason not in ("UNREACHABLE", "DEADLINE")), None)
+    clock = asyncio.get_running_loop().time
+    until = clock() + seconds
+    while True:
+        failures, asked = [], list(addresses)
+        for address in asked:
+            async with aio_channel(address) as channel:
+                try:
+                    call = getattr(service(channel), method)
+                    return await call(request, timeout=seconds / len(addresses), wait_for_ready=False), address
+                except grpc.RpcError as exc:
+                    failures.append(from_rpc_error(exc, address))
+            leader = failures[-1].metadata.get("leader", "")
+            if leader and leader not in asked:
+                asked.append(leader)
+        # All that answered stand by: one of them leads in a moment.
+        if not all(f.reason in _AWAY or "standby" in f.metadata for f in failures) or clock() >= until:
+            break
+        if not any("standby" in f.metadata for f in failures):
+            break
+        await asyncio.sleep(ELECTION_LOOK_SECONDS)
+    answered = next((f for f in sorted(failures, key=_stands_by) if f.reason not in _AWAY), None)
     if answered is not None:
         raise answered
     raise refuse(
@@ -75,6 +92,10 @@ async def ask_coordinator(
         "'serving address=...'), and that --coordinator or PARAMESH_COORDINATOR names it. A cluster "
         f"whose coordinator is away trains on meanwhile. ({failures[-1]})",
     )
+
+
+def _stands_by(failure: ParameshError) -> bool:
+    return "standby" in failure.metadata
 
 
 async def read_status(addresses: Sequence[str], job: str) -> dict[str, Any]:

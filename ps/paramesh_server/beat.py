@@ -23,6 +23,8 @@ from pathlib import Path
 
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.retry import Backoff
+from paramesh.rotation import CAP_S, NEXT_S, Rotation
+from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1.coordinator_pb2_grpc import MembershipStub
 
@@ -93,21 +95,22 @@ async def beat(
         on_unknown: called when the coordinator does not know this server (any more).
         may_beat: asked before each beat; while false there is silence.
     """
-    addresses = [address.strip() for address in identity.coordinators.split(",")]
-    backoff, turn = Backoff(cap=1.0), 0
+    turns, backoff = Rotation(identity.coordinators), Backoff(cap=CAP_S)
     while True:
-        address = addresses[turn % len(addresses)]
+        address, wait = turns.address, None
+        stream = _Stream(identity, figures, may_beat)
         try:
             async with aio_channel(address, heartbeat=True) as channel:
-                stream = _Stream(identity, figures, may_beat)
                 if await stream.run(channel):
                     on_unknown()
         except (grpc.RpcError, TimeoutError) as error:
             log.debug("heartbeat=broken coordinator=%s: %r", address, error)
-            turn += 1
+            if stream.answered:
+                turns.succeeded()
+            wait = turns.failed(from_rpc_error(error, address) if isinstance(error, grpc.RpcError) else None)
         if stream.answered:
-            backoff = Backoff(cap=1.0)
-        await asyncio.sleep(backoff.next())
+            backoff = Backoff(cap=CAP_S)
+        await asyncio.sleep(backoff.next() if wait is None else max(wait, NEXT_S))
 
 
 class _Stream:

@@ -6,6 +6,7 @@ connections that a fault has cut.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from paramesh.channel import CHANNEL_OPTIONS, grpc, header
@@ -22,7 +23,12 @@ CALL_SECONDS = 5.0
 
 
 def _ask(address: str, stub: Any, method: str, request: Any) -> Any:
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    """The answer; of several addresses with commas, the first that gives one."""
+    *others, last = address.split(",")
+    for one in others:
+        with contextlib.suppress(grpc.RpcError):
+            return _ask(one, stub, method, request)
+    with grpc.insecure_channel(last, options=CHANNEL_OPTIONS) as channel:
         return getattr(stub(channel), method)(request, timeout=CALL_SECONDS)
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import Action, ParameshError, refuse
 from paramesh.retry import Backoff
+from paramesh.rotation import CAP_S, NEXT_S, Rotation, elsewhere
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as pb
 from paramesh.v1 import coordinator_pb2_grpc as stubs
@@ -43,7 +44,7 @@ REPORT_PATIENCE_S = 5.0
 """How long an exit report is repeated while its slot waits. Later it must not arrive at all: the slot's next
 process would be taken for the dead one."""
 
-_UNREACHABLE = frozenset({"UNREACHABLE", "DEADLINE"})
+_UNREACHABLE = frozenset({"UNREACHABLE", "DEADLINE", "STALE_TERM"})
 
 Answer = TypeVar("Answer")
 
@@ -52,7 +53,7 @@ class CoordinatorLink:
     """Registers a host, beats for its processes, reports their ends."""
 
     def __init__(self, *, addresses: Sequence[str], job: str, name: str, incarnation: int, slots: int, host_id: str):
-        self._addresses = list(addresses)
+        self._turns = Rotation(",".join(addresses))
         self._job = job
         self._name = name
         self._incarnation = incarnation
@@ -64,8 +65,6 @@ class CoordinatorLink:
         self._timeout_s = 2.0
         self._channels: dict[str, tuple[grpc.aio.Channel, stubs.MembershipStub]] = {}
         """One per address, with their own connections: beats never queue behind other traffic."""
-        self._current = 0
-        """Index of the address that answered last."""
         self._beating: asyncio.Task[None] | None = None
         self.registered = 0
         """How many registrations succeeded; more than 1 means that the coordinator had forgotten us."""
@@ -161,7 +160,7 @@ class CoordinatorLink:
                     said = now
                     log.warning(
                         "waiting for the coordinator at %s: %s (%.0f s of %.0f s)",
-                        ",".join(self._addresses), error, waited_s, patience_s,
+                        ",".join(self._turns.addresses), error, waited_s, patience_s,
                     )  # fmt: skip
             await asyncio.sleep(backoff.next())
 
@@ -174,7 +173,7 @@ class CoordinatorLink:
 
     def _explained(self, error: ParameshError, waited_s: float) -> ParameshError:
         """The error with what to do about it."""
-        where = ",".join(self._addresses)
+        where = ",".join(self._turns.addresses)
         if error.reason in _UNREACHABLE:
             return refuse(
                 "UNREACHABLE",
@@ -200,22 +199,24 @@ class CoordinatorLink:
         self.registered += 1
         log.info(
             "registered host=%s coordinator=%s term=%d generation=%d",
-            self._name, self._addresses[self._current], answer.term, answer.generation,
+            self._name, self._turns.address, answer.term, answer.generation,
         )  # fmt: skip
 
     # Heartbeats.
 
     async def _beat_forever(self) -> None:
-        backoff = Backoff(first=0.1, cap=1.0)
+        backoff = Backoff(first=0.1, cap=CAP_S)
         away = False
         while True:
+            wait: float | None = None
             try:
                 # Closed at once when registering fails, so that no second stream beats beside the next.
                 async with contextlib.aclosing(self._beats()) as answers:
                     async for unknown in answers:
                         if away:
                             log.info("coordinator=back")
-                        away, backoff = False, Backoff(first=0.1, cap=1.0)
+                        away, backoff = False, Backoff(first=0.1, cap=CAP_S)
+                        self._turns.succeeded()
                         if unknown:
                             log.warning("the coordinator does not know host=%s; registering again", self._name)
                             await self._register()
@@ -223,7 +224,8 @@ class CoordinatorLink:
                 if not away:
                     log.warning("coordinator=away; training goes on, heartbeats are retried: %s", error)
                 away = True
-            await asyncio.sleep(backoff.next())
+                wait = self._turns.failed(error)
+            await asyncio.sleep(backoff.next() if wait is None else max(wait, NEXT_S))
 
     async def _beats(self) -> AsyncGenerator[bool, None]:
         """Beat on one stream until it breaks; yields, for each answer, whether we are unknown.
@@ -240,15 +242,13 @@ class CoordinatorLink:
                     async with asyncio.timeout(self._timeout_s):
                         answer = await call.read()
                 except TimeoutError:
-                    self._rotate()
                     raise refuse("DEADLINE", f"no answer to heartbeats for {self._timeout_s:g} s") from None
                 if answer is grpc.aio.EOF:
                     raise refuse("UNREACHABLE", "the coordinator ended the heartbeat stream")
                 beat.nonce = answer.nonce
                 yield answer.unknown
         except grpc.RpcError as error:
-            self._rotate()
-            raise from_rpc_error(error) from None
+            raise from_rpc_error(error, self._turns.address) from None
         finally:
             writing.cancel()
             call.cancel()
@@ -270,29 +270,30 @@ class CoordinatorLink:
     # Calls.
 
     def _stub(self) -> Any:
-        address = self._addresses[self._current]
+        address = self._turns.address
         if address not in self._channels:
             channel = aio_channel(address, heartbeat=True)
             self._channels[address] = (channel, stubs.MembershipStub(channel))
         return self._channels[address][1]
 
-    def _rotate(self) -> None:
-        """Ask the next address from now on."""
-        self._current = (self._current + 1) % len(self._addresses)
-
     async def _call(self, ask: Callable[[Any], Coroutine[Any, Any, Answer]]) -> Answer:
-        """Make a call at the address that answered last, then at the others."""
-        for remaining in reversed(range(len(self._addresses))):
+        """Make a call at the address that answered last, then at the others, then where a standby pointed to."""
+        tries = len(self._turns.addresses) + 1
+        while True:
+            tries -= 1
             try:
-                return await ask(self._stub())
+                answer = await ask(self._stub())
             except grpc.RpcError as error:
-                typed = from_rpc_error(error, peer=self._addresses[self._current])
-                if typed.reason not in _UNREACHABLE:
+                typed = from_rpc_error(error, peer=self._turns.address)
+                if not elsewhere(typed):
                     raise typed from None
-                self._rotate()
-                if not remaining:
+                self._turns.failed(typed)
+                if not tries or len(self._turns.addresses) == 1:
                     raise typed from None
-        raise AssertionError("there is at least one address")
+                await asyncio.sleep(NEXT_S)
+            else:
+                self._turns.succeeded()
+                return answer
 
 
 class _Echo:

@@ -11,6 +11,8 @@ import time
 from typing import Any
 
 from paramesh.channel import aio_channel, grpc, header
+from paramesh.rotation import Rotation
+from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as pb
 from paramesh.v1 import coordinator_pb2_grpc, ledger_pb2_grpc
 from paramesh.v1 import ledger_pb2 as ledger
@@ -43,8 +45,8 @@ class StatusSource:
         self._job = job
         self._generation = 0
         """From the last map; 0 before the first."""
-        self._coordinator = aio_channel(coordinator)
-        self._admin: Any = coordinator_pb2_grpc.AdminStub(self._coordinator)
+        self._turns = Rotation(coordinator)
+        self._coordinators: dict[str, grpc.aio.Channel] = {}
         self._ledger_address = ""
         """Where the ledger was when the coordinator last answered; empty before it is placed."""
         self._ledger_channel: grpc.aio.Channel | None = None
@@ -58,18 +60,23 @@ class StatusSource:
 
     async def close(self) -> None:
         """Close the channels."""
-        await self._coordinator.close()
+        for channel in self._coordinators.values():
+            await channel.close()
         if self._ledger_channel is not None:
             await self._ledger_channel.close()
 
     async def _ask_coordinator(self) -> pb.GetStatusResponse | None:
         status: pb.GetStatusResponse
+        at = self._turns.address
+        if at not in self._coordinators:
+            self._coordinators[at] = aio_channel(at)
+        admin: Any = coordinator_pb2_grpc.AdminStub(self._coordinators[at])
         try:
-            status = await self._admin.GetStatus(
-                pb.GetStatusRequest(request=header(self._job, self._generation)), timeout=CALL_S
-            )
-        except (TimeoutError, grpc.RpcError):
+            status = await admin.GetStatus(pb.GetStatusRequest(request=header(self._job)), timeout=CALL_S)
+        except (TimeoutError, grpc.RpcError) as error:
+            self._turns.failed(from_rpc_error(error, at) if isinstance(error, grpc.RpcError) else None)
             return None
+        self._turns.succeeded()
         self._generation = status.map.generation
         address = _ledger_address(status.map)
         if address and address != self._ledger_address:
