@@ -242,6 +242,8 @@ class Archive:
 
     def _url(self, name: str) -> str:
         check_name(name)
+        if name.endswith(TEMPORARY):
+            raise refuse("PATH", f"{name!r} is a checkpoint that was never finished, or no name for one", name=name)
         if self._local:
             path = os.path.realpath(f"{self._place}/{name}")
             if os.path.dirname(path) != os.path.realpath(self._place):

@@ -8,6 +8,7 @@ waits for any of it but for the copies in memory.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable
@@ -106,7 +107,7 @@ class Maker:
             manifest = await self._written(draft, parts, checkpoint)
             self.progress.phase = "committing"
             await asyncio.to_thread(self._commit, draft, manifest)
-            return manifest
+            return dataclasses.replace(manifest, files=dict(self._entries))
         except BaseException:
             await asyncio.to_thread(draft.abort)
             raise

@@ -18,7 +18,9 @@ from paramesh.errors import ConfigError, ParameshError
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
 
+from paramesh_coordinator.checkpoint_admin import CheckpointsService
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
+from paramesh_coordinator.custody import Custody
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.election import Switch, campaign
 from paramesh_coordinator.reign import Reign

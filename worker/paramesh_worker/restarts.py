@@ -34,6 +34,10 @@ HOPELESS = frozenset(
 the same for it. The others depend on the moment or on the data, and are restarted as a script's own errors are."""
 
 
+RESTORED = "OLD_GENERATION"
+"""The reason with which a worker of before ends when the job was taken back to a checkpoint."""
+
+
 class Decision(enum.Enum):
     """What becomes of a slot whose process ended."""
 
@@ -138,6 +142,10 @@ def decide(history: SlotHistory, ended: Ended, limits: RestartLimits, *, stoppin
         return Verdict(Decision.STOPPED, history, 0.0, f"{how} after being asked to stop")
     if ended.hopeless:
         return Verdict(Decision.GIVE_UP, history, 0.0, f"{how}; a restart cannot mend that ({ended.hopeless})")
+    if ended.words is not None and ended.words.reason == RESTORED:
+        # Somebody took the job back to a checkpoint: no failure, and a new process belongs to the new generation.
+        history = replace(history, total=history.total + 1)
+        return Verdict(Decision.RESTART, history, 0.0, "the job was restored; started again at the checkpoint")
     if ended.ran_s >= limits.healthy_s:
         history = replace(history, used=0)
     if history.used >= limits.max_restarts:
