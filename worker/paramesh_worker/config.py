@@ -26,6 +26,9 @@ from .command import Command, split
 
 __all__ = ["RunConfig", "WorkerConfig", "flags", "parse"]
 
+MAX_REPLICAS = 7
+"""As the coordinator's: every push waits for all of them."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
 """As names on the wire, without the slash that separates host and index in a slot."""
 
@@ -162,7 +165,12 @@ class RunConfig:
     every: int | None = option(
         None, "with local: steps between two exchanges (default: 1)", metavar="H", group="training"
     )
-    replicas: int = option(1, "copies of each partition; this release keeps 1", metavar="R", group="cluster")
+    replicas: int = option(
+        1,
+        "copies of each partition, on as many servers; with 2 a server may die at any moment and nothing is lost",
+        metavar="R",
+        group="cluster",
+    )
     max_restarts: int = option(
         3,
         "restarts that each worker may use up before the run fails; an error that a restart cannot mend uses up none",
@@ -194,9 +202,7 @@ class RunConfig:
         group="checkpoints",
     )
     checkpoint_keep: int = option(3, "periodic checkpoints to keep", metavar="K", group="checkpoints")
-    restore: str = option(
-        "", "checkpoint to begin with, DIR/NAME", metavar="URL", kind=str, group="checkpoints"
-    )
+    restore: str = option("", "checkpoint to begin with, DIR/NAME", metavar="URL", kind=str, group="checkpoints")
     log_dir: str = option(
         "",
         "folder of all logs; default: a new one under the temporary folder",
@@ -230,10 +236,17 @@ class RunConfig:
         _at_least("--max-restarts", self.max_restarts, 0)
         _at_least("--replicas", self.replicas, 1)
         _seconds("--grace", self.grace)
-        if self.replicas > 1:
+        _at_least("--checkpoint-keep", self.checkpoint_keep, 1)
+        if self.checkpoint_every and not re.fullmatch(r"0*[1-9][0-9]{0,8}(s|m|h|steps?)", self.checkpoint_every):
             raise ConfigError(
-                f"argument --replicas: {self.replicas} copies are not supported: this release keeps one copy"
-                " of each partition, and a lost server ends the run. Leave the flag out"
+                f"argument --checkpoint-every: {self.checkpoint_every!r} is not like 90s, 10m, 2h or 500steps"
+            )
+        if self.checkpoint_every and not self.checkpoint_dir:
+            raise ConfigError("argument --checkpoint-every: says when; --checkpoint-dir must say where")
+        if self.replicas > min(self.servers, MAX_REPLICAS):
+            raise ConfigError(
+                f"argument --replicas: {self.replicas} copies need as many servers, at most {MAX_REPLICAS}, not"
+                f" {self.servers}: raise --servers"
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"argument --port: must be between 0 and 65535, not {self.port}")

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -44,6 +45,9 @@ SERVER_READY_S = 120.0
 COORDINATOR_RESTARTS = 3
 """How often a coordinator that dies is started again on its state: training goes on without it
 meanwhile. One that dies more often has a fault that restarting does not heal."""
+
+SERVER_RESTARTS = 3
+"""The same for each server, where there are replicas: it comes back empty, and a copy is made on it."""
 
 _SERVING = re.compile(rb"\bserving\b.*\baddress=(\S+)")
 
@@ -179,6 +183,8 @@ class LocalCluster:
         self.servers = [Role(f"ps-{index}", folder / f"ps-{index}.log", printer) for index in range(config.servers)]
         self.workers = Role("ps-worker", folder / "supervisor.log", printer)
         self._coordinator_starts = 0
+        self._server_starts: Counter[str] = Counter()
+        """Restarts by server."""
 
     @property
     def roles(self) -> list[Role]:
@@ -198,8 +204,7 @@ class LocalCluster:
         address = await self.coordinator.ready(COORDINATOR_READY_S)
         self._say(f"starting {_count(len(self.servers), 'server')}")
         for server in self.servers:
-            flags = ["--coordinator", address, "--job", JOB, "--name", server.name, "--bind", "127.0.0.1:0"]
-            await self._spawn(server, ["-m", "paramesh_server.cli", *flags], server.sink)
+            await self._start_server(server, address)
         await asyncio.gather(*(server.ready(SERVER_READY_S) for server in self.servers))
         self._say(f"starting {_count(self._config.workers, 'worker')}")
         self.events, events_fd = os.pipe()
@@ -208,12 +213,36 @@ class LocalCluster:
         finally:
             os.close(events_fd)
 
+    async def _start_server(self, server: Role, coordinator: str) -> None:
+        flags = ["--coordinator", coordinator, "--job", JOB, "--name", server.name, "--bind", "127.0.0.1:0"]
+        await self._spawn(server, ["-m", "paramesh_server.cli", *flags], server.sink)
+
+    async def server_ended(self, server: Role, exit_code: int) -> str:
+        """Restart a server that ended, if others have what it had; return a sentence about it.
+
+        Raises:
+            ChildFailed: there is one replica, or it ended too often.
+        """
+        how = describe_exit(exit_code)
+        if self._config.replicas == 1:
+            raise server.failed(
+                f"server {server.name} was lost: {how}. With one replica its part of the model is"
+                " gone, so the run cannot go on. Start it again, with --replicas 2 if servers may die; if the kernel"
+                " killed it for memory, use more --servers or a smaller model"
+            )
+        self._server_starts[server.name] += 1
+        if self._server_starts[server.name] > SERVER_RESTARTS:
+            raise server.failed(f"server {server.name} {how}, {self._server_starts[server.name]} times in all")
+        await self._start_server(server, self.coordinator.address.result())
+        return f"server {server.name} {how}; started again, others have what it had. Training goes on"
+
     async def start_coordinator(self) -> None:
         """Start the coordinator, also again, on the address and the state of the first time."""
         again = self.coordinator.address.done()
         bind = self.coordinator.address.result() if again else f"127.0.0.1:{self._config.port}"
         flags = ["--bind", bind, "--state", str(self._state), "--job", JOB, "--log-level", "info"]
         flags += ["--start-workers", str(self._config.workers), "--min-servers", str(self._config.servers)]
+        flags += ["--replicas", str(self._config.replicas)]
         flags += _checkpoint_flags(self._config)
         self._coordinator_starts += 1
         await self._spawn(self.coordinator, ["-m", "paramesh_coordinator.cli", *flags], self.coordinator.sink)

@@ -138,7 +138,7 @@ class Run:
         source = self._source = StatusSource(address, JOB)
         self._looking = True
         events = asyncio.create_task(self._follow_events(cluster.events))
-        guards = [asyncio.create_task(self._guard_server(server)) for server in cluster.servers]
+        guards = [asyncio.create_task(self._keep_server(cluster, server)) for server in cluster.servers]
         guards.append(asyncio.create_task(self._keep_coordinator(cluster)))
         workers = asyncio.create_task(cluster.workers.running.exited())
         try:
@@ -165,14 +165,13 @@ class Run:
                 self._display.update(self._tracker.wait(time.monotonic()))
             await asyncio.sleep(POLL_S)
 
-    async def _guard_server(self, server: Role) -> None:
-        exit_code = await server.running.exited()
-        await server.running.drained()
-        raise server.failed(
-            f"server {server.name} was lost: {describe_exit(exit_code)}. With one replica its part of the model is"
-            " gone, so the run cannot go on. Start it again; if the kernel killed it for memory, use more --servers"
-            " or a smaller model"
-        )
+    async def _keep_server(self, cluster: LocalCluster, server: Role) -> None:
+        while True:
+            exit_code = await server.running.exited()
+            await server.running.drained()
+            if self._interrupted.is_set():  # Its end was asked for.
+                await asyncio.Event().wait()
+            self._display.note(await cluster.server_ended(server, exit_code), "yellow")
 
     async def _keep_coordinator(self, cluster: LocalCluster) -> None:
         while True:
