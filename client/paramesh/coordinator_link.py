@@ -128,13 +128,26 @@ class CoordinatorLink:
 
     def set_map(self, routes: Routes) -> None:
         """Take a map if it is newer."""
-        if self.routes is not None and routes.version <= self.routes.version:
+        if self.routes is not None and (routes.version <= self.routes.version or self._is_strange(routes)):
             return
         self.routes = routes
         changed, self.map_changed = self.map_changed, asyncio.Event()
         changed.set()
         for listener in self.listeners:
             listener(routes)
+
+    def _is_strange(self, routes: Routes) -> bool:
+        """Whether a map is another cluster's, of the same job name: a coordinator without its state, or not ours."""
+        mine = self.routes.map if self.routes is not None else None
+        if mine is None or not mine.partitions or not mine.cluster or not routes.map.cluster:
+            return False
+        strange: bool = mine.cluster != routes.map.cluster
+        if strange:
+            log.error(
+                "map ignored: the coordinator at %s is of cluster %s, ours is %s; was it started on an empty --state?",
+                self.address, routes.map.cluster, mine.cluster,
+            )  # fmt: skip
+        return strange
 
     async def wait_for_map(self, version: int, timeout: float) -> bool:
         """Wait until the map is newer than `version`; False if it was not within `timeout`."""

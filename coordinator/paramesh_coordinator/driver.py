@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from paramesh.errors import ParameshError, refuse
+from paramesh.errors import ConfigError, ParameshError, refuse
 from paramesh.v1 import coordinator_pb2 as co
 
 from paramesh_coordinator import membership, replicas
@@ -27,7 +27,7 @@ from paramesh_coordinator.checkers import Liveness, Silent
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.feed import MapFeed
 from paramesh_coordinator.planning import Recent
-from paramesh_coordinator.rows import JobRow, encode
+from paramesh_coordinator.rows import JobRow, TableRow, encode
 from paramesh_coordinator.state import ClusterState, Draft, Ended, NodeKey, Registered, build_map
 from paramesh_coordinator.store.base import MetaStore
 
@@ -99,6 +99,8 @@ class Driver:
         self._judging: asyncio.Task[None] | None = None
         """The decision on the last tick's silent nodes, while it is under way."""
         self._grace_told = ""
+        self._began_empty = False
+        """Whether the store held no cluster when this coordinator started."""
 
     def _new_liveness(self) -> Liveness:
         first_nonce = secrets.randbelow(1 << 62) + 1
@@ -123,12 +125,15 @@ class Driver:
             self.liveness.track(node, now, heard=False)
         self._spawn(self._take_decisions(), "decisions")
         restarted = self.state.job.map_version > 0
+        self._began_empty = not restarted
         if not restarted:
             self.store.transact({JobRow.PREFIX: None}, {JobRow.PREFIX: encode(self.state.job)})
         await self.decide(lambda draft: self._begin(draft, restarted))
         self._spawn(self._tick(), "tick")
 
     def _begin(self, draft: Draft, restarted: bool) -> None:
+        if not draft.job.cluster:
+            draft.change_job(cluster=secrets.token_hex(8))
         draft.raise_map()  # so that every watcher learns the new term
         replicas.adopt(draft)
         draft.audit(
@@ -233,6 +238,28 @@ class Driver:
     def after_commit(self, listener: Callable[[], None]) -> None:
         """Call `listener` on the loop after every commit."""
         self._listeners.append(listener)
+
+    def meet_stranger(self, name: str, cluster: str) -> ParameshError:
+        """A server that follows another cluster's map wants to register; the refusal.
+
+        A store that was empty at this start and has placed nothing is then the wrong one, or
+        the right one was lost: this coordinator stops before it does harm.
+        """
+        told = (
+            f"server {name!r} holds partitions of job {self.config.job!r} under cluster {cluster}, and this "
+            f"coordinator's state is cluster {self.state.job.cluster}"
+        )
+        if self._began_empty and not self.state.rows(TableRow):
+            self.step_down(
+                ConfigError(
+                    f"state: it was empty, but {told}. Give --state the store that the cluster was started with, or a "
+                    "copy of it; if it is lost, end the servers, start them anew and load the last checkpoint",
+                    metadata={"key": "state"},
+                )
+            )
+        else:
+            log.error("refused: %s; end that server, or give it its own coordinator", told)
+        return refuse("NOT_READY", f"{told}: it must be given its own coordinator, or be started anew")
 
     def step_down(self, error: ParameshError) -> None:
         """A newer coordinator is in charge: take no further decision."""

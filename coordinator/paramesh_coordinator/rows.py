@@ -150,6 +150,8 @@ class JobRow:
     next_operation: int = 1
     next_event: int = 1
     next_move: int = 1
+    cluster: str = ""
+    """Random, made at the first start on an empty store: tells this cluster from another of the same name."""
     unsettled: bool = False
     """Servers came or went since bytes were last looked at: a rebalance is due."""
 

@@ -18,9 +18,7 @@ from paramesh.errors import ConfigError, ParameshError
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
 
-from paramesh_coordinator.checkpoint_admin import CheckpointsService
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
-from paramesh_coordinator.custody import Custody
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.election import Switch, campaign
 from paramesh_coordinator.reign import Reign
@@ -112,8 +110,13 @@ class CoordinatorServer:
         reign.add_services(self._switch)
 
     def _deposed(self, told: asyncio.Future[ParameshError]) -> None:
-        if self._over is not None and not self._over.done() and not told.cancelled():
-            self._over.set_result(told.result())
+        if self._over is None or self._over.done() or told.cancelled():
+            return
+        error = told.result()
+        if isinstance(error, ConfigError):
+            self._over.set_exception(error)
+        else:
+            self._over.set_result(error)
 
     async def _campaign(self, target: EtcdTarget) -> None:
         """Lead once; an election that comes to nothing for etcd's sake is repeated."""
@@ -137,7 +140,8 @@ class CoordinatorServer:
         """Wait until a newer coordinator has taken over the store; returns its word for it.
 
         Raises:
-            ConfigError: elected, it cannot lead: what etcd holds is not this job's, or not readable.
+            ConfigError: it cannot lead with this state: not this job's, not readable, or empty although
+                servers hold the job's partitions.
         """
         assert self._over is not None, "start() first"
         return await asyncio.shield(self._over)

@@ -321,6 +321,7 @@ def build_map(state: ClusterState, term: int) -> pb.PartitionMap:
     return pb.PartitionMap(
         version=job.map_version,
         job=job.name,
+        cluster=job.cluster,
         generation=job.generation,
         term=term,
         nodes=[map_node(row) for _, row in sorted(state.rows(ServerRow).items())],

@@ -94,6 +94,9 @@ class Registration:
     async def _register(self) -> co.RegisterServerResponse:
         started, backoff = time.monotonic(), Backoff()
         while True:
+            routes = self._link.routes
+            if routes is not None and routes.map.partitions:
+                self._request.cluster = routes.map.cluster
             try:
                 answer = await self._link.call(
                     lambda channel: MembershipStub(channel).RegisterServer(self._request, timeout=CALL_S),

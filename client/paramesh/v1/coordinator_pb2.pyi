@@ -80,6 +80,7 @@ class RegisterServerRequest(google.protobuf.message.Message):
     FINGERPRINT_FIELD_NUMBER: builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: builtins.int
     REPLACE_FIELD_NUMBER: builtins.int
+    CLUSTER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is unique among live servers. NODE_NAME if another live process has it."""
     incarnation: builtins.int
@@ -95,6 +96,10 @@ class RegisterServerRequest(google.protobuf.message.Message):
     """capacity_bytes bounds what is placed there. Zero: unknown."""
     replace: builtins.bool
     """replace fences a live process of the same name."""
+    cluster: builtins.str
+    """cluster is that of the map which the server follows, if partitions are placed in it: a coordinator
+    whose store is another cluster's, or was lost, must not take such a server. Empty: none yet.
+    """
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
     def __init__(
@@ -110,9 +115,10 @@ class RegisterServerRequest(google.protobuf.message.Message):
         fingerprint: builtins.bytes = ...,
         capacity_bytes: builtins.int = ...,
         replace: builtins.bool = ...,
+        cluster: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "capacity_bytes", b"capacity_bytes", "control_address", b"control_address", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "name", b"name", "replace", b"replace", "request", b"request", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "capacity_bytes", b"capacity_bytes", "cluster", b"cluster", "control_address", b"control_address", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "name", b"name", "replace", b"replace", "request", b"request", "version", b"version"]) -> None: ...
 
 global___RegisterServerRequest = RegisterServerRequest
 

@@ -641,12 +641,15 @@ class PartitionMap(google.protobuf.message.Message):
     TABLES_FIELD_NUMBER: builtins.int
     PARTITIONS_FIELD_NUMBER: builtins.int
     CONFIG_FIELD_NUMBER: builtins.int
+    CLUSTER_FIELD_NUMBER: builtins.int
     version: builtins.int
     """version counts every change, the compare-and-set token."""
     job: builtins.str
     generation: builtins.int
     term: builtins.int
     """term is the coordinator's, raised at each of its starts."""
+    cluster: builtins.str
+    """cluster is random, made with the coordinator's store and kept in it."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Node]: ...
     @property
@@ -666,9 +669,10 @@ class PartitionMap(google.protobuf.message.Message):
         tables: collections.abc.Iterable[global___TableEntry] | None = ...,
         partitions: collections.abc.Iterable[global___Partition] | None = ...,
         config: global___JobConfig | None = ...,
+        cluster: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "generation", b"generation", "job", b"job", "nodes", b"nodes", "partitions", b"partitions", "tables", b"tables", "term", b"term", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "config", b"config", "generation", b"generation", "job", b"job", "nodes", b"nodes", "partitions", b"partitions", "tables", b"tables", "term", b"term", "version", b"version"]) -> None: ...
 
 global___PartitionMap = PartitionMap
 
