@@ -2,6 +2,7 @@
 
     python -m benchmarks dense [--json]     synchronous (or other) steps of dense tables
     python -m benchmarks failover [--json]  servers killed under load; Redis and etcd beside it
+    python -m benchmarks moves [--json]     partitions that move under load, beside the same without a move
     python -m benchmarks alone              a script without a cluster against plain torch
     python -m benchmarks limits             the machine's limits only
 

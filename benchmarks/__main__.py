@@ -13,7 +13,7 @@ from benchmarks.workload import parse_sizes
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; exit 1 if its parameters did not end right."""
     arguments = _parser().parse_args(argv)
-    result = {"dense": _dense, "alone": _alone, "failover": _failover, "limits": _limits}[arguments.benchmark](arguments)
+    result = {"dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "limits": _limits}[arguments.benchmark](arguments)
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     failover.add_argument("--faults", default="SIGKILL,SIGSTOP", help="a SIGSTOP run takes 40 s")
     failover.add_argument("--loads", default="async,sync")
     failover.add_argument("--no-peers", action="store_true", help="without Redis and etcd")
+    moves = commands.add_parser("moves", parents=[common], help="partitions that move under load, real processes")
+    moves.add_argument("--moves", type=int, default=100, help="random moves under each load")
+    moves.add_argument("--loads", default="async,sync")
+    moves.add_argument("--replicas", default="1,2", help="such as 1,2; at most 2 of 3 servers")
+    moves.add_argument("--partitions", type=int, default=6)
+    moves.add_argument("--mib", type=float, default=1.0, help="size of a partition's values")
     commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
     commands.add_parser("limits", parents=[common], help="the machine's limits only")
     return parser
@@ -57,6 +63,13 @@ def _failover(arguments: argparse.Namespace) -> dict[str, Any]:
 
     faults, loads = arguments.faults.split(","), arguments.loads.split(",")
     return failover.run(arguments.runs, faults, loads, not arguments.no_peers)
+
+
+def _moves(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import moves
+
+    replicas = [int(count) for count in arguments.replicas.split(",")]
+    return moves.run(arguments.moves, arguments.loads.split(","), replicas, arguments.partitions, arguments.mib)
 
 
 def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:
