@@ -34,6 +34,7 @@ from paramesh_coordinator.display import (
 )
 from paramesh_coordinator.following import Moves
 from paramesh_coordinator.inspection import promote, read_events, read_partitions, read_status, read_tables
+from paramesh_coordinator.psctl_meta import meta
 
 __all__ = ["main"]
 
@@ -400,6 +401,9 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
 
 
 psctl_checkpoints.register(app, _target, _run)
+
+
+app.add_typer(meta, name="meta")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from paramesh_coordinator.errands import Errands
 from paramesh_coordinator.planning import Planning
 from paramesh_coordinator.servicer import CatalogService, MapService, MembershipService, ReplicasService
 from paramesh_coordinator.store import MetaStore
+from paramesh_coordinator.transfer import check_not_moved
 
 __all__ = ["Reign"]
 
@@ -52,6 +53,7 @@ class Reign:
 
     def __init__(self, config: CoordinatorConfig, store: MetaStore):
         self.store = store
+        check_not_moved(store)
         try:
             self.driver = Driver(config, store)
         except ValueError as error:

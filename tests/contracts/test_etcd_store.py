@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 from paramesh.errors import ConfigError, ParameshError
-from paramesh_coordinator.store import MetaStore, StoreConflict, StoreError
+from paramesh_coordinator.config import CoordinatorConfig
+from paramesh_coordinator.driver import fresh_job
+from paramesh_coordinator.psctl import app
+from paramesh_coordinator.rows import EventRow, JobRow, encode
+from paramesh_coordinator.store import MetaStore, SqliteStore, StoreConflict, StoreError
 from paramesh_coordinator.store.etcd import EtcdStore, Leader
 from paramesh_coordinator.store.etcd_target import EtcdTarget
 from paramesh_coordinator.store.etcdv3 import etcd_pb2 as pb
+from typer.testing import CliRunner
 
 from tests.cluster.etcd import Etcd
 from tests.cluster.waiting import wait_until
@@ -143,6 +148,26 @@ class TestEtcdStore(StoreContract):
         several.transact({}, {"a": b"1"})
         assert several.get("a") == b"1"
         several.close()
+
+    def test_a_cluster_moves_here_from_a_file_and_back(self, tmp_path: Path) -> None:
+        file, target = str(tmp_path / "run.sqlite"), str(self.target)
+        opened = SqliteStore.open(Path(file))
+        rows = {f"event/{n:020d}": encode(EventRow(n, 1, 1, "kind", "subject", "x" * 300)) for n in range(5000)}
+        rows |= {JobRow.PREFIX: encode(fresh_job(CoordinatorConfig()))}
+        opened.transact({}, rows)
+        opened.lift(7)
+        opened.close()
+        for source, into in ((file, target), (target, file)):
+            done = CliRunner().invoke(app, ["meta", "move", "--from", source, "--to", into])
+            assert done.exit_code == 0, done.output
+            assert f"moved rows={len(rows)} sha256=" in done.output
+        again = SqliteStore.open(Path(file))
+        assert dict(again.scan("")) == rows
+        assert again.term > 9
+        again.close()
+        refused = CliRunner().invoke(app, ["meta", "move", "--from", target, "--to", str(tmp_path / "other")])
+        assert refused.exit_code == 1
+        assert "moved to" in refused.output
 
     def test_a_closed_store_refuses(self, store: MetaStore) -> None:
         store.close()

@@ -136,6 +136,20 @@ class StoreContract:
             thread.join(30)
         assert [v for _, v in store.scan("")] == [b"49"] * 6
 
+    def test_a_term_can_be_lifted_and_goes_on_from_there(self, store: MetaStore) -> None:
+        """Rows that come from another store: servers refuse the orders of a lower term."""
+        store.transact({}, {"a": b"1"})
+        store.lift(41)
+        store.transact({"a": b"1"}, {"a": b"2"})
+        store.lift(7)
+        assert store.term == 41
+        newer = self.reopen_beside(store)
+        assert (newer.term, newer.get("a")) == (42, b"2")
+        with pytest.raises(ParameshError) as caught:
+            store.lift(99)
+        assert caught.value.reason == "STALE_TERM"
+        newer.close()
+
     def test_close_is_repeatable(self, store: MetaStore) -> None:
         store.close()
         store.close()

@@ -69,6 +69,14 @@ class MetaStore(Protocol):
             A function that ends the watch.
         """
 
+    def lift(self, term: int) -> None:
+        """Make the term at least `term`, so that rows that came from another store go on after it.
+
+        Raises:
+            StateRefused: STALE_TERM, if the store was opened again since.
+            StoreError: the medium failed.
+        """
+
     def when_over(self, callback: Callable[[ParameshError], None]) -> None:
         """Call `callback`, in any thread, if this handle is known to be over before a commit shows it."""
 

@@ -173,6 +173,26 @@ class EtcdStore:
         """Call `watcher` after each commit of this handle that touches `prefix`."""
         return self._watchers.add(prefix, watcher)
 
+    def lift(self, term: int) -> None:
+        """Make the term at least `term`."""
+        with self._mutex:
+            self._check_open()
+            lifted, head = max(self._term, term), _key(self._target, "head")
+            leader = _key(self._target, "leader")
+            request = pb.TxnRequest(
+                compare=[
+                    pb.Compare(target=pb.Compare.CREATE, key=leader, create_revision=self._created),
+                    _equals(head, self._head(self._done)),
+                ],
+                success=[_put(head, f"{lifted} 0".encode())],
+                failure=[_read(head)],
+            )
+            with _typed(self._target):
+                answer = self._client.txn(request, COMMIT_SECONDS)
+            if not answer.succeeded and answer.responses[0].response_range.kvs[0].value != f"{lifted} 0".encode():
+                raise self._end(f"term {self._term} is over; another is in charge of {self._target}")
+            self._term, self._done = lifted, 0
+
     def when_over(self, callback: Callable[[ParameshError], None]) -> None:
         """Call `callback`, in any thread, once this handle is known to lead no more."""
         self._on_over.append(callback)

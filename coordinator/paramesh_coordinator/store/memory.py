@@ -66,6 +66,13 @@ class MemoryStore:
         """Call `watcher` after each commit that touches `prefix`."""
         return self._watchers.add(prefix, watcher)
 
+    def lift(self, term: int) -> None:
+        """Make the term at least `term`."""
+        with self._medium.lock:
+            if self._medium.term != self._term:
+                raise refuse("STALE_TERM", f"term {self._term} is over; term {self._medium.term} is in charge")
+            self._term = self._medium.term = max(self._term, term)
+
     def when_over(self, callback: Callable[[ParameshError], None]) -> None:
         """A newer handle is noticed by the next commit only."""
 

@@ -118,6 +118,21 @@ class SqliteStore:
         """Call `watcher` after each commit that touches `prefix`."""
         return self._watchers.add(prefix, watcher)
 
+    def lift(self, term: int) -> None:
+        """Make the term at least `term`."""
+        with self._guarded():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._compare({})
+                lifted = max(self._term, term)
+                self._db.execute("UPDATE term SET term = ?", (lifted,))
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._term = lifted
+
     def when_over(self, callback: Callable[[ParameshError], None]) -> None:
         """A newer handle is noticed by the next commit only."""
 
