@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 WORKERS ?= 2
+SEEDS ?= 200
 export GLOO_SOCKET_IFNAME := lo
 
 .PHONY: help install demo test test-etcd check bench soak protos protos-check docs clean
@@ -39,6 +40,10 @@ bench: install ## measure, beside the machine's limits, in one run
 
 soak: install ## the long tests
 	$(BIN)/python -m pytest tests -m soak --timeout 3600
+
+sim: install ## the simulation: SEEDS=2000 runs so many, SEED=17 replays one (REPLICAS=2|3, FIRST=n)
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(WORKERS)) \
+		$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(FIRST),--first $(FIRST))
 
 $(PROTO_VENV)/.installed: tools/protos-requirements.txt
 	$(PYTHON) -m venv $(PROTO_VENV)

@@ -1,7 +1,7 @@
 """`make sim`: many seeds, or one with its story.
 
-    python -m tests.simulation --seeds 2000 [--first 0] [--replicas 3] [--broken NAME] [--jobs 2]
-    python -m tests.simulation --seed 17
+python -m tests.simulation --seeds 2000 [--first 0] [--replicas 3] [--broken NAME] [--jobs 2]
+python -m tests.simulation --seed 17
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from tests.simulation import replication
 from tests.simulation.dataplane import DataPlane
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Worker
-from tests.simulation.world import World
 
 Broken = Callable[[], AbstractContextManager[Any]]
 
@@ -135,6 +134,45 @@ def _learners_count() -> AbstractContextManager[Any]:
 
     real = failover.promoted_row
     return _patch(failover, "promoted_row", promoted)
+
+
+@_broken("a learner's word from before the newest row counts")
+def _old_word_counts() -> AbstractContextManager[Any]:
+    """Seeds 2 and 543 of before: a replica was dropped and made again, and taken for the old one."""
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        def follow(self: InSync, row: Any, now: float, dead: Any = frozenset()) -> None:
+            acked = dict(self._acked)
+            real(self, row, now, dead)
+            self._acked.update({ref: lsn for ref, lsn in acked.items() if ref in self.followers})
+
+        def check_row(self: replication.Sender) -> None:
+            self._version = self._slot.replica.insync.version
+
+        def greet(self: Replica, epoch: int, version: int = 0) -> None:
+            greeted(self, epoch)
+
+        real, greeted = InSync.follow, Replica.greet
+        with (
+            _patch(InSync, "follow", follow),
+            _patch(replication.Sender, "_check_row", check_row),
+            _patch(Replica, "greet", greet),
+        ):
+            yield
+
+    return patched()
+
+
+@_broken("a new primary knows only of its own commits")
+def _nothing_inherited() -> AbstractContextManager[Any]:
+    """Seed 229 of before: a learner joined without what earlier primaries had acknowledged."""
+
+    def init(self: InSync, me: insync.Ref, silent: float = insync.SILENT_S, inherited: int = 0) -> None:
+        real(self, me, silent)
+
+    real = InSync.__init__
+    return _patch(InSync, "__init__", init)
 
 
 # --- logs ---
@@ -272,6 +310,18 @@ def _lower_attempt() -> AbstractContextManager[Any]:
 @_broken("a worker forgets its contribution at STEP")
 def _forget_at_step() -> AbstractContextManager[Any]:
     return _patch(Worker, "forgets_early", True)
+
+
+@_broken("a fenced contribution comes without the decision that names it")
+def _bare_restaging() -> AbstractContextManager[Any]:
+    """Seed 502 of before."""
+
+    async def restage(self: Worker, asked: Any, step: int) -> bool:
+        bare = dataclasses.replace(asked, committed=())
+        return bool(await real(self, bare, step))
+
+    real = Worker._restage
+    return _patch(Worker, "_restage", restage)
 
 
 @_broken("FENCE drops what is staged")

@@ -6,10 +6,10 @@ import random
 from typing import TYPE_CHECKING
 
 import numpy
+from paramesh.v1 import replication_pb2 as rp
 from paramesh_coordinator.rows import NodeState, PartitionRow, PartitionState, ServerRow
 from paramesh_coordinator.state import Draft
 from paramesh_server.insync import Ref
-from paramesh.v1 import replication_pb2 as rp
 from paramesh_server.log import Log, Position, RecordHeader
 
 from tests.simulation.dataplane import Answer, Push

@@ -9,7 +9,6 @@ from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import replication_pb2 as rp
 from paramesh_server.inbound import WATCH_S
 from paramesh_server.insync import Ref
-
 from paramesh_server.log import Position, Record
 from paramesh_server.outbound import GREETING_S, IDLE_S
 from paramesh_server.replica import Role

@@ -1,6 +1,6 @@
 """One seed: a cluster, its clients, what goes wrong, and whether every promise was kept.
 
-    outcome = simulate(seed=17)         # raises Failure: what does not hold, and the story
+outcome = simulate(seed=17)         # raises Failure: what does not hold, and the story
 """
 
 from __future__ import annotations
