@@ -178,6 +178,8 @@ def test_command_lines_use_flags_that_exist(page: str, line: str) -> None:
     program, *words = line.split()
     script = next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), len(words))
     verbs = words[:1] if program == "psctl" and words and not words[0].startswith("-") else []
+    if verbs == ["meta"]:
+        verbs = words[:2]
     known = flags_of(program, *verbs) | (flags_of(program) if verbs else frozenset())
     used = {word.partition("=")[0] for word in words[:script] if word.startswith("--")}
     negated = {f"--no-{flag.removeprefix('--')}" for flag in known}  # listed beside the other, `--wait, --no-wait`
