@@ -41,6 +41,9 @@ class Delivery:
 
     ledger: LedgerClient
 
+    generation = 0
+    """The job's when this client registered. 0: not known."""
+
     def __init__(self, link: CoordinatorLink) -> None:
         self.link = link
         self._lanes: dict[str, GrpcLane] = {}
@@ -50,9 +53,21 @@ class Delivery:
 
     @property
     def routes(self) -> Routes:
-        """The newest map."""
-        assert self.link.routes is not None
-        return self.link.routes
+        """The newest map.
+
+        Raises:
+            StateRefused: OLD_GENERATION, the job was restored: what this client knows is over.
+        """
+        routes = self.link.routes
+        assert routes is not None
+        if self.generation and routes.generation > self.generation:
+            raise refuse(
+                "OLD_GENERATION",
+                f"generation {self.generation} is over; the job was restored as generation {routes.generation}: "
+                "start this script anew, it goes on at the checkpoint (ps-worker and ps-run do so)",
+                generation=routes.generation,
+            )
+        return routes
 
     def lane(self, address: str) -> GrpcLane:
         """The lane to a server, made on first use."""

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from paramesh.archive import Archive, ClusterManifest, worker_file
 from paramesh.errors import ParameshError, refuse
@@ -44,6 +44,9 @@ PLACE_S = 0.5
 
 SMALL_STATE = "paramesh:state"
 """Where workers look for what they share (paramesh.small_state)."""
+
+
+T = TypeVar("T")
 
 
 class Custody:
@@ -157,8 +160,8 @@ class Custody:
             check_name(name)
         progress = Progress("checkpoint", name or "?")
         named: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._run(self._make(archive, level, name, periodic, progress, named), progress)
-        return await named
+        task = self._run(self._make(archive, level, name, periodic, progress, named), progress)
+        return await _begun(named, task)
 
     async def _make(
         self, archive: Archive, level: int, name: str, periodic: bool, progress: Progress, named: asyncio.Future[str]
@@ -241,8 +244,8 @@ class Custody:
         check_name(name)
         progress = Progress("restore", name, "verifying")
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._run(self._restore(archive.folder(name).path, progress, begun), progress)
-        await begun
+        task = self._run(self._restore(archive.folder(name).path, progress, begun), progress)
+        await _begun(begun, task)
 
     async def _restore(self, location: str, progress: Progress, begun: asyncio.Future[None]) -> None:
         try:
@@ -313,6 +316,15 @@ class Custody:
             log.warning("restore waits server=%s reason=%s: %s", ref.name, error.reason, error)
         else:
             loaded.update(dict.fromkeys(partitions, ref))
+
+
+async def _begun(begun: asyncio.Future[T], task: asyncio.Task[None]) -> T:
+    """What came of beginning; after a refusal the task is over too, and the next one may begin."""
+    try:
+        return await asyncio.shield(begun)
+    except ParameshError:
+        await asyncio.wait([task])
+        raise
 
 
 def _manifest_at(location: str, verify: bool) -> ClusterManifest:

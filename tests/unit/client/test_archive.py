@@ -27,6 +27,12 @@ def make(archive, name, number, *, periodic=True):
     draft.commit(manifest, listed)
 
 
+def write(draft, number):
+    draft.begin()
+    listed = {file: draft.put(file, [data]) for file, data in CONTENT.items()}
+    draft.commit({**GOOD.document(), "name": f"checkpoint-{number:06d}", "number": number}, listed)
+
+
 @pytest.fixture(params=["local", "memory"])
 def archive(request, tmp_path):
     return Archive(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4()}/root")
@@ -257,13 +263,11 @@ def test_a_disk_that_says_no_leaves_nothing(tmp_path, monkeypatch, code):
             disk.fail_at, disk.error = at, OSError(code, os.strerror(code))
             draft = archive.draft("checkpoint-000002")
             with pytest.raises(ParameshError) as caught:
-                draft.begin()
-                listed = {file: draft.put(file, [data]) for file, data in CONTENT.items()}
-                draft.commit({**GOOD.document(), "name": "checkpoint-000002", "number": 2}, listed)
+                write(draft, 2)
             draft.abort()
         assert caught.value.reason == "PATH"
         assert os.strerror(code) in str(caught.value)
-        assert [m.number for m in archive.complete()][0] == 1
+        assert next(m.number for m in archive.complete()) == 1
         assert not [name for name in archive.names() if name.endswith(".tmp")]
 
 
