@@ -13,7 +13,8 @@ from benchmarks.workload import parse_sizes
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; exit 1 if its parameters did not end right."""
     arguments = _parser().parse_args(argv)
-    result = {"dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "limits": _limits}[arguments.benchmark](arguments)
+    benchmarks = {"dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "limits": _limits}
+    result = benchmarks[arguments.benchmark](arguments)
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

@@ -13,6 +13,7 @@ without a move; on a busy machine that is most of it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -150,7 +151,7 @@ def _gaps(load: str, lines: list[list[dict[str, Any]]], partition: int) -> list[
         wanted = {line["p"] for line in mine} if load == "sync" or partition == 0 else {partition}
         for p in wanted:
             times = [line["t"] for line in mine if line["p"] == p and "t" in line]
-            found += list(zip(times, times[1:], strict=False))
+            found += itertools.pairwise(times)
     return found
 
 
