@@ -186,7 +186,7 @@ class AsyncClient(Delivery):
         encoded.messages(self._staged_header(encoded.partition, group, step, attempt))
 
     def _staged_header(self, partition: int, group: int, step: int, attempt: int) -> ps.PushHeader:
-        _, epoch = self.routes.primary(partition)
+        epoch = self.routes.partition(partition).epoch
         key = ps.StagedKey(group=group, step=step, attempt=attempt)
         return ps.PushHeader(partition=partition, epoch=epoch, staged=key)
 
@@ -328,7 +328,7 @@ class AsyncClient(Delivery):
         def messages(mine: list[int]) -> Iterable[bytes]:
             yield self._preamble(())
             for p in mine:
-                _, epoch = self.routes.primary(p)
+                epoch = self.routes.partition(p).epoch
                 key.seq = self._seq.get(p, 0) + 1
                 yield from contributions[p].messages(ps.PushHeader(partition=p, epoch=epoch, sequenced=key))
 
@@ -389,7 +389,7 @@ class AsyncClient(Delivery):
         return await self._deliver(partitions, send, timeout=timeout, what=what, group=group, committed=committed)
 
     def _pull_of(self, partition: int, floors: Mapping[int, tuple[int, int]] | None = None) -> ps.PartitionPull:
-        _, epoch = self.routes.primary(partition)
+        epoch = self.routes.partition(partition).epoch
         floor_epoch, floor_lsn = (floors or {}).get(partition, (0, 0))
         return ps.PartitionPull(partition=partition, epoch=epoch, floor_lsn=floor_lsn, floor_epoch=floor_epoch)
 
@@ -416,7 +416,7 @@ class AsyncClient(Delivery):
         async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
             def messages() -> Iterable[bytes]:
                 for p in mine:
-                    _, epoch = self.routes.primary(p)
+                    epoch = self.routes.partition(p).epoch
                     base = ps.AssignHeader(
                         request=self.header(),
                         partition=p,

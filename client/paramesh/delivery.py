@@ -8,12 +8,13 @@ refusals are raised.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from paramesh.coordinator_link import CoordinatorLink
-from paramesh.errors import Action, ParameshError, refuse
+from paramesh.errors import Action, ParameshError, PartitionOffline, refuse
 from paramesh.lanes.grpc_lane import GrpcLane
 from paramesh.ledger_client import LedgerClient
 from paramesh.retry import Backoff
@@ -24,6 +25,14 @@ from paramesh.v1 import types_pb2 as pb
 __all__ = ["Answers", "Delivery"]
 
 _PASSING = ("UNREACHABLE", "DEADLINE")
+
+OFFLINE_S = 2.0
+"""Seconds in which a partition that is offline may come back before its loss is told: a server that was
+only slow is heard again within one. More, and a lost one would not be named within 5 s of its last word."""
+
+HELD_BACK_S = 35.0
+"""The same while a live server has a complete copy: the coordinator gives it the partition after 30 s, if
+the primary, which fell silent soon after a failover, is not heard before."""
 
 R = TypeVar("R")
 Answers = Mapping[int, R | ParameshError]
@@ -47,6 +56,8 @@ class Delivery:
     def __init__(self, link: CoordinatorLink) -> None:
         self.link = link
         self._lanes: dict[str, GrpcLane] = {}
+        self._offline: dict[int, float] = {}
+        """Since when each partition is offline, as far as this client was told."""
         self._closing: asyncio.Future[None] | None = None
         """The last lane being closed; held so that the task is not collected."""
         link.listeners.append(self._on_map)
@@ -83,9 +94,21 @@ class Delivery:
             deadline: on `time.monotonic`.
 
         Raises:
-            PartitionOffline: its server is lost.
+            PartitionOffline: its server is lost, and did not come back for a while.
             Timeout: DEADLINE, if no map names it in time.
         """
+        while True:
+            await self._listed(partition, deadline)
+            version = self.routes.version
+            try:
+                return self.routes.primary(partition)
+            except PartitionOffline:
+                left = min(self._patience(partition), deadline - time.monotonic())
+                if left <= 0:
+                    raise
+            await self.link.wait_for_map(version, left)
+
+    async def _listed(self, partition: int, deadline: float) -> None:
         while partition not in self.routes:
             left = deadline - time.monotonic()
             if left <= 0 or not await self.link.wait_for_map(self.routes.version, left):
@@ -95,9 +118,15 @@ class Delivery:
                     f"no server holds {what} yet: are enough ps-server processes running?",
                     what=what,
                 )
-        return self.routes.primary(partition)
+
+    def _patience(self, partition: int) -> float:
+        """Seconds for which a partition that is offline may still come back by itself."""
+        since = self._offline.setdefault(partition, time.monotonic())
+        bound = HELD_BACK_S if self.routes.has_live_copy(partition) else OFFLINE_S
+        return since + bound - time.monotonic()
 
     def _on_map(self, routes: Routes) -> None:
+        self._offline = {p: since for p, since in self._offline.items() if routes.is_offline(p)}
         alive = {n.address for n in routes.map.nodes if n.state in (pb.NODE_STATE_LIVE, pb.NODE_STATE_DRAINING)}
         for node in routes.map.nodes:
             if node.address not in alive and node.address in self._lanes:
@@ -131,7 +160,7 @@ class Delivery:
             failed = {p: a for p, a in answers.items() if isinstance(a, ParameshError)}
             if not failed:
                 return results
-            worst = _first_to_raise(failed.values())
+            worst = self._first_to_raise(failed)
             if worst is not None:
                 raise worst
             last = next(iter(failed.values()))
@@ -147,9 +176,12 @@ class Delivery:
         records: list[pb.StepRecord],
         deadline: float,
     ) -> dict[int, R | ParameshError]:
-        for partition in pending:
-            await self.primary(partition, deadline)
-        groups = self.routes.by_server(pending)
+        groups: dict[str, list[int]] = {}
+        while pending and not groups:
+            for partition in pending:
+                await self.primary(partition, deadline)
+            with contextlib.suppress(PartitionOffline):  # the map changed while another was waited for
+                groups = self.routes.by_server(pending)
 
         async def one(address: str, mine: list[int]) -> dict[int, R | ParameshError]:
             try:
@@ -189,7 +221,7 @@ class Delivery:
         told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
         if told:
             await asyncio.sleep(max(told) / 1000)
-        elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY"}:
+        elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY", "PARTITION_OFFLINE"}:
             await self.link.wait_for_map(version, wait)
         else:
             await asyncio.sleep(wait)
@@ -224,15 +256,16 @@ class Delivery:
         """
         raise NotImplementedError
 
+    def _first_to_raise(self, failed: Mapping[int, ParameshError]) -> ParameshError | None:
+        for partition, error in failed.items():
+            if error.reason == "PARTITION_OFFLINE" and self._patience(partition) > 0:
+                continue  # a server's map is newer than ours; it may come back
+            if error.reason not in _PASSING and error.action in (Action.RAISE, Action.REJOIN):
+                return error
+        return None
+
     async def close_lanes(self) -> None:
         """Close every channel to servers; calls in flight end."""
         for lane in self._lanes.values():
             await lane.close()
         self._lanes.clear()
-
-
-def _first_to_raise(errors: Iterable[ParameshError]) -> ParameshError | None:
-    for error in errors:
-        if error.reason not in _PASSING and error.action in (Action.RAISE, Action.REJOIN):
-            return error
-    return None

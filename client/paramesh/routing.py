@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from paramesh.errors import refuse
+from paramesh.errors import ParameshError, PartitionOffline, refuse
 from paramesh.v1 import types_pb2 as pb
 
 ALIGN = 64
@@ -290,6 +290,22 @@ class Routes:
         if node is None or node.state in (pb.NODE_STATE_DEAD, pb.NODE_STATE_LEFT):
             raise self._offline(row)
         return node, row.epoch
+
+    def is_offline(self, partition: int) -> bool:
+        """Whether nobody acknowledges for a partition now."""
+        try:
+            self.primary(partition)
+        except PartitionOffline:
+            return True
+        except ParameshError:
+            pass
+        return False
+
+    def has_live_copy(self, partition: int) -> bool:
+        """Whether a live server is in sync: what is offline comes back by itself then."""
+        row = self._partitions.get(partition)
+        nodes = [] if row is None else [self._nodes.get((ref.node, ref.incarnation)) for ref in row.isr]
+        return any(node is not None and node.state not in (pb.NODE_STATE_DEAD, pb.NODE_STATE_LEFT) for node in nodes)
 
     def _offline(self, row: pb.Partition) -> Exception:
         name = row.primary.node or (row.isr[0].node if row.isr else "?")
