@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster import inspection
 from tests.cluster.processes import MARK, ROOT, kill_all, marked_processes
 from tests.cluster.waiting import wait_until
 
@@ -59,6 +60,10 @@ class RunningRun:
 
     def saw(self, text: str) -> bool:
         return any(text in line for line in list(self.out))
+
+    def count(self, text: str) -> int:
+        """Lines that have `text`."""
+        return sum(text in line for line in list(self.out))
 
     def hellos(self) -> list[dict[str, Any]]:
         return [json.loads(line.partition("HELLO ")[2]) for line in list(self.out) if "HELLO {" in line]
@@ -261,6 +266,38 @@ def test_a_lost_server_is_named(run):
     assert started.saw("script.py failed: ps-1")
     assert any("serving name=ps-1" in line for line in started.out if line.startswith("  | "))
     nothing_is_left(started)
+
+
+def test_a_lost_server_is_started_again_where_others_have_what_it_had(run, tmp_path: Path):
+    done = tmp_path / "done"
+    body = f"""
+        import paramesh, torch
+        model = torch.nn.Linear(4, 1)
+        optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        while not paramesh.mean(float(os.path.exists({str(done)!r}))):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            time.sleep(0.02)
+        print("trained to the end", flush=True)
+    """
+    started = run(textwrap.dedent(body), options=("--servers", "2", "--replicas", "2"))
+    wait_until(started.hellos, START_S, "the worker")
+    for number, server in enumerate(("ps-0", "ps-1"), 1):
+        address = coordinator_address(started)
+        wait_until(lambda address=address: in_sync(address), START_S, "two copies of everything")
+        os.kill(server_pid(started, server), signal.SIGKILL)
+        wait_until(lambda number=number: started.count("started again, others have") == number, END_S, "the notice")
+    done.touch()
+    assert started.wait(END_S) == 0
+    assert started.saw("trained to the end")
+    assert any(line.split() == ["restarts", "0"] for line in started.out)
+    nothing_is_left(started)
+
+
+def in_sync(address: str) -> bool:
+    """Whether there are tables, and every partition has two replicas in sync."""
+    found = inspection.partition_map(address).partitions
+    return len(found) > 1 and all(len(row.isr) == 2 for row in found)
 
 
 def server_pid(run: RunningRun, name: str) -> int:
