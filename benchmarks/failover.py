@@ -109,7 +109,7 @@ def _async(fault: str, runs: int) -> tuple[list[float], int, int]:
             began = time.monotonic()
             _inflict(cluster, fault, victim)
             back = cluster.wait_until(
-                lambda before=before, led=led: replication.recoveries(pushers, before, led),
+                lambda before=before, led=led, began=began: replication.recoveries(pushers, before, led, began),
                 RECOVERY_S,
                 f"partitions of {victim}",
             )

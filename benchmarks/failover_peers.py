@@ -113,25 +113,9 @@ def _redis_once() -> tuple[float, int]:
         for port in ports:
             home = folder / str(port)
             home.mkdir()
-            commands.append(
-                [
-                    "redis-server",
-                    "--port",
-                    str(port),
-                    "--bind",
-                    "127.0.0.1",
-                    "--cluster-enabled",
-                    "yes",
-                    "--cluster-node-timeout",
-                    str(NODE_TIMEOUT_MS),
-                    "--dir",
-                    str(home),
-                    "--save",
-                    "",
-                    "--appendonly",
-                    "no",
-                ]  # fmt: skip
-            )
+            flags = {"port": port, "bind": "127.0.0.1", "cluster-enabled": "yes", "save": "", "appendonly": "no"}
+            flags |= {"cluster-node-timeout": NODE_TIMEOUT_MS, "dir": home}
+            commands.append(["redis-server", *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
         with _started(commands, folder) as processes:
             for port in ports:
                 _wait(lambda port=port: _resp(port, "PING") == "+PONG", "redis to start")

@@ -107,8 +107,16 @@ def account_of(client: Client, table: str, pusher: WorkerHandle) -> tuple[int, i
     return sum(counts), lost, sum(max(0, there - count) for count, there in zip(counts, found, strict=True))
 
 
-def recoveries(pushers: list[WorkerHandle], before: dict[int, Row], partitions: list[int]) -> dict[int, dict[str, Any]]:
+def recoveries(
+    pushers: list[WorkerHandle], before: dict[int, Row], partitions: list[int], since: float = 0.0
+) -> dict[int, dict[str, Any]]:
     """Of each partition, the latest first acknowledgement by any pusher under an epoch above the one before.
+
+    Args:
+        pushers: who pushes.
+        before: the rows before the fault.
+        partitions: those that need another primary.
+        since: when the fault was; an epoch may have risen just before, by a move.
 
     Returns:
         The events; empty for as long as one is missing.
@@ -116,10 +124,8 @@ def recoveries(pushers: list[WorkerHandle], before: dict[int, Row], partitions: 
     found: dict[int, dict[str, Any]] = {}
     for partition in partitions:
         for pusher in pushers:
-            later = [
-                e for e in pusher.events("epoch")
-                if e["partition"] == partition and e["epoch"] > before[partition].epoch
-            ]  # fmt: skip
+            mine = [e for e in pusher.events("epoch") if e["partition"] == partition and e["t"] > since]
+            later = [e for e in mine if e["epoch"] > before[partition].epoch]
             if not later:
                 return {}
             if partition not in found or later[0]["t"] > found[partition]["t"]:

@@ -44,7 +44,7 @@ def pushing(process_cluster, servers: int, replicas: int) -> tuple[ProcessCluste
 
 def wait_for_recovery(cluster, pushers, before, partitions, what: str, since: float) -> dict[int, float]:
     """Seconds from `since` to the first acknowledgement under a new epoch, by partition; printed."""
-    back = cluster.wait_until(lambda: replication.recoveries(pushers, before, partitions), BOUND, what)
+    back = cluster.wait_until(lambda: replication.recoveries(pushers, before, partitions, since), BOUND, what)
     took = {p: round(e["t"] - since, 3) for p, e in back.items()}
     print(f"recovered_s={took}")
     return took
