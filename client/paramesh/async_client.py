@@ -25,7 +25,7 @@ from paramesh.channel import header as make_header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.delivery import Answers, Delivery
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
-from paramesh.errors import Action, ParameshError, refuse
+from paramesh.errors import ParameshError, refuse
 from paramesh.framing import DEFAULT_CHECKSUM, encode
 from paramesh.lanes.grpc_lane import GrpcLane, Sink
 from paramesh.ledger_client import LedgerClient
@@ -260,16 +260,17 @@ class AsyncClient(Delivery):
         self, group: int, step: int, encoded: Encoded, attempt: int, records: Sequence[pb.StepRecord]
     ) -> None:
         """One try: whoever waits for the partition tries again, and then this does."""
-        node, _ = self.routes.primary(encoded.partition)
         head = self._staged_header(encoded.partition, group, step, attempt)
         messages = [self._preamble(records), *encoded.messages(head)]
         try:
+            node, _ = self.routes.primary(encoded.partition)
             outcomes = _outcomes(await self.lane(node.address).push(messages, self.push_timeout))
         except ParameshError as error:
             outcomes = {encoded.partition: error}
-        for outcome in outcomes.values():
-            if isinstance(outcome, ParameshError) and outcome.action is Action.RAISE:
-                raise outcome
+        failed = {p: outcome for p, outcome in outcomes.items() if isinstance(outcome, ParameshError)}
+        worst = self._first_to_raise(failed)  # not that it is gone in its turn
+        if worst is not None:
+            raise worst
 
     async def push_sequenced(
         self,

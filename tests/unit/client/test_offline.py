@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 
 import pytest
 from paramesh import delivery
+from paramesh.async_client import AsyncClient
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.delivery import Delivery
+from paramesh.encoded import Encoded
 from paramesh.errors import PartitionOffline
 from paramesh.routing import Routes
+from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
 
 
@@ -77,3 +81,25 @@ def test_the_wait_counts_from_the_first_time_and_ends_when_it_is_back(monkeypatc
         assert not one._offline
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("state", [pb.PARTITION_STATE_ONLINE, pb.PARTITION_STATE_OFFLINE])
+def test_a_new_primary_that_goes_too_while_it_is_brought_what_was_staged_ends_nothing(state):
+    """Killed in its turn: the step is tried again at the next one. It came out as UNREACHABLE from `step()`."""
+
+    async def main() -> bool:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            address = f"127.0.0.1:{closed.getsockname()[1]}"
+        ref = pb.ReplicaRef(node="a", incarnation=1)
+        row = pb.Partition(id=1, primary=ref, isr=[ref], epoch=2, state=state)
+        node = pb.Node(ref=ref, address=address, state=pb.NODE_STATE_LIVE)
+        found = pb.PartitionMap(version=1, generation=1, nodes=[node], partitions=[row])
+        link = CoordinatorLink("127.0.0.1:1", "default")
+        one = AsyncClient(link, co.RegisterClientResponse(client_id=7, generation=1, map=found))
+        try:
+            one._keep(0, 5, {1: Encoded.from_parts(1, b"", [(0, memoryview(bytes(64)))])}, {1: 1})
+            return await one._restage(1, 0, 5, [7], [])
+        finally:
+            await one.close()
+
+    assert asyncio.run(main())
