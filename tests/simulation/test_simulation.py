@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulation.world import World, simulate
 
-SEEDS = 50
+SEEDS = 25
 """Per kind, in the suite."""
 
 
