@@ -15,7 +15,12 @@ from paramesh.partition_file import Part
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 
-SPEC = pb.TableSpec(name="g/0", group="g", tensors=[pb.TensorSpec(name="w", shape=[4], dtype=pb.DTYPE_FLOAT32)])
+SPEC = pb.TableSpec(
+    name="g/0",
+    group="g",
+    tensors=[pb.TensorSpec(name="w", shape=[4], dtype=pb.DTYPE_FLOAT32)],
+    optimizer=pb.OptimizerSpec(class_name="SGD"),
+)
 HEX = "ab" * 32
 
 GOOD = ClusterManifest(
