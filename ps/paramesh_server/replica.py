@@ -104,6 +104,8 @@ class Replica:
         """As follower: received and not applied; follows on the machine's log."""
         self._commit = 0
         """As follower: what is committed and is here."""
+        self._busy = 0
+        """The record that the pool applies now: it is as good as applied."""
         self._matched = 0
         """As follower: up to here this log is known to be that of the primary of `promised`."""
 
@@ -143,11 +145,21 @@ class Replica:
         self.appended(now)
 
     def take_over(self, epoch: int) -> None:
-        """Apply all that is in memory, whoever committed it, and begin a new epoch."""
+        """Apply all that is in memory, whoever committed it, and begin a new epoch.
+
+        Raises:
+            Retryable: STALE_EPOCH, if a newer one was promised meanwhile: somebody else leads.
+        """
         while self._tail:
+            self._check_newest(epoch)
             self._apply_first()
+        self._check_newest(epoch)
         self.machine.log.replicated = True
         self.machine.raise_epoch(epoch)
+
+    def _check_newest(self, epoch: int) -> None:
+        if self.promised > epoch:
+            raise refuse("STALE_EPOCH", f"epoch {epoch} is over, {self.promised} was promised", epoch=self.promised)
 
     def appended(self, now: float) -> None:
         """The machine's log has grown."""
@@ -193,8 +205,7 @@ class Replica:
                 the primary of that very epoch, or follows an older row: by that or the next it
                 may be dropped, and what it told the primary would be gone.
         """
-        if epoch < self.promised:
-            raise refuse("STALE_EPOCH", f"epoch {epoch} is over, {self.promised} was promised", epoch=self.promised)
+        self._check_newest(epoch)
         if self.role is Role.PRIMARY and epoch == self.promised:
             raise refuse("NOT_READY", f"this is the primary of epoch {epoch}")
         if version > self.version:
@@ -220,7 +231,7 @@ class Replica:
             self._matched = max(self._matched, at.lsn)
 
     def _replace(self, at: Position, previous: Position, record: Record) -> None:
-        if at.lsn <= self.machine.log.lsn:
+        if at.lsn <= max(self.machine.log.lsn, self._busy):
             raise refuse("DIVERGED", f"record {at.lsn} is applied here, of another epoch than {at.epoch}")
         if not self._has(previous):
             raise refuse("LOG_GAP", f"record {previous.lsn} of epoch {previous.epoch} is not here", lsn=previous.lsn)
@@ -272,14 +283,28 @@ class Replica:
         self.trim()
 
     def _apply_first(self) -> None:
-        self.machine.replay(self._tail[0])
         with self._lock:
-            self._tail.popleft()
+            first = self._tail[0]
+            self._busy = first.header.lsn
+        try:
+            self.machine.replay(first)
+            with self._lock:
+                self._tail.popleft()
+        finally:
+            self._busy = 0
 
     def install(self, machine: Machine) -> None:
-        """Go on from a snapshot; what was there before goes in the same act."""
+        """Go on from a snapshot; what was there before goes in the same act.
+
+        Raises:
+            Retryable: LOG_GAP, if it came late: records after it were acknowledged to the primary.
+        """
         machine.log.lock = self._lock
         with self._lock:
+            if machine.log.lsn < self._matched:
+                raise refuse(
+                    "LOG_GAP", f"the snapshot at {machine.log.lsn} is older than {self._matched}, which is here"
+                )
             old, self.machine = self.machine, machine
             self._tail.clear()
             self._commit = self._matched = machine.log.lsn
