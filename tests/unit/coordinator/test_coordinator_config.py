@@ -10,6 +10,7 @@ import pytest
 from paramesh.errors import ConfigError
 from paramesh_coordinator import cli, psctl
 from paramesh_coordinator.config import CoordinatorConfig, parse_bind
+from paramesh_coordinator.store.etcd_target import EtcdTarget
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -57,6 +58,24 @@ def test_loopback_addresses_are_fine(bind: str) -> None:
     assert CoordinatorConfig(bind=bind).bind == bind
 
 
+ETCD = EtcdTarget(("127.0.0.1:2379",), "p")
+AWAY = EtcdTarget(("127.0.0.1:2379", "10.0.0.1:2379"), "p")
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"state": ETCD, "bind": "0.0.0.0:7070", "insecure": True}, "advertise"),
+        ({"state": ETCD, "advertise": "host"}, "advertise"),
+        ({"state": AWAY}, "state"),
+    ],
+)
+def test_a_coordinator_on_etcd_says_where_it_is_and_what_is_not_encrypted(fields: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        CoordinatorConfig(**fields)  # type: ignore[arg-type]
+    CoordinatorConfig(state=AWAY, bind="0.0.0.0:7070", insecure=True, advertise="host-a:7070")
+
+
 def test_an_open_bind_must_be_meant() -> None:
     assert CoordinatorConfig(bind="0.0.0.0:7070", insecure=True).bind == "0.0.0.0:7070"
 
@@ -90,7 +109,8 @@ def flags(app: object, command: str | None = None) -> set[str]:
 
 def test_the_flags_of_ps_coordinator_are_frozen() -> None:
     assert flags(cli.app) == {
-        "--bind", "--state", "--ephemeral", "--job", "--start-workers", "--min-workers", "--min-servers", "--replicas",
+        "--bind", "--advertise", "--state", "--ephemeral", "--job",
+        "--start-workers", "--min-workers", "--min-servers", "--replicas",
         "--min-isr", "--rebalance",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
         "--log-level", "--version",
