@@ -28,10 +28,11 @@ BY_ITSELF = {
 
 REMEDIES = {
     "WRONG_PARTITION": "A bug or a foreign client: compare versions of the two sides.",
-    "PARTITION_OFFLINE": "Its server is lost, and with one replica so are its values. Start the job anew.",
+    "PARTITION_OFFLINE": "Its server is lost, and with one replica so are its values. `psctl restore`, or start the job anew.",
     "NOT_READY": "Nothing at start. If it stays: start more `ps-server` processes.",
     "WRONG_CLUSTER": "Correct `PARAMESH_COORDINATOR` or `PARAMESH_JOB`.",
-    "OLD_GENERATION": "Restart the worker.",
+    "OLD_GENERATION": "Nothing under `ps-worker` and `ps-run`, which start it anew. Start others again.",
+    "DAMAGED": "Take another checkpoint: `psctl checkpoints --verify` says which are whole.",
     "STALE_TERM": "Two coordinators ran on one store. Stop the older one.",
     "VERSION": "Install the same release of Paramesh on both sides.",
     "NODE_NAME": "Give the process another name, or replace the one that holds it.",
