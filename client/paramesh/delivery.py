@@ -34,6 +34,9 @@ HELD_BACK_S = 35.0
 """The same while a live server has a complete copy: the coordinator gives it the partition after 30 s, if
 the primary, which fell silent soon after a failover, is not heard before."""
 
+BROUGHT_S = 0.02
+"""Seconds before the next try when a new primary was just brought what it lacked: others do the same now."""
+
 R = TypeVar("R")
 Answers = Mapping[int, R | ParameshError]
 
@@ -214,30 +217,35 @@ class Delivery:
             if supplied == records:  # what is needed is still to come: a decision or a clip factor
                 await asyncio.sleep(backoff.next())
             return supplied
+        brought = False
         for partition, error in failed.items():
             if error.reason == "NOT_STAGED":
-                await self._mend_staging(partition, error, group, records)
-        wait = backoff.next()
+                brought |= await self._mend_staging(partition, error, group, records)
+        wait = min(backoff.next(), BROUGHT_S) if brought else backoff.next()
         told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
         if told:
             await asyncio.sleep(max(told) / 1000)
         elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY", "PARTITION_OFFLINE"}:
-            await self.link.wait_for_map(version, wait)
+            if await self.link.wait_for_map(version, wait):
+                backoff.reset()  # it moved: whatever is refused next has not been waited for yet
         else:
             await asyncio.sleep(wait)
         return records
 
     async def _mend_staging(
         self, partition: int, error: ParameshError, group: int, records: Sequence[pb.StepRecord]
-    ) -> None:
+    ) -> bool:
         """A new primary lacks contributions: bring it mine, and ask whether it may go without others'.
 
         The permission, if there is one, goes into the record of `records` that is sent next.
+
+        Returns:
+            Whether mine was among them, and was sent.
         """
         missing = [int(c) for c in error.metadata["client_ids"].split(",")]
         step = int(error.metadata["step"])  # not always that of the last record
         if await self._restage(partition, group, step, missing, records):
-            return
+            return True
         answer = await self.ledger.report_missing(
             ledger_pb2.ReportMissingRequest(group=group, step=step, partition=partition, client_ids=missing)
         )
@@ -246,6 +254,7 @@ class Delivery:
                 known = [d for d in record.degraded if d.partition == partition]
                 permission = known[0] if known else record.degraded.add(partition=partition)
                 permission.client_ids[:] = sorted({*permission.client_ids, *answer.degraded})
+        return False
 
     async def _restage(
         self, partition: int, group: int, step: int, missing: Sequence[int], records: Sequence[pb.StepRecord]

@@ -49,6 +49,7 @@ class LedgerClient:
         started, said = time.monotonic(), False
         backoff = Backoff(first=0.02, cap=0.5)
         while True:
+            version = self._client.routes.version
             try:
                 response: T = await self._once(method, request, deadline)
                 return response
@@ -65,8 +66,13 @@ class LedgerClient:
             if not said and now - started > _SAY_AFTER_S:
                 said = True
                 log.warning("waiting call=%s seconds=%d why=%s", method, now - started, last)
-            if last.reason != "WAITING_FOR_WORKERS":  # a long poll that ended is repeated at once
-                await asyncio.sleep(min(backoff.next(), max(0.0, deadline - now)))
+            if last.reason == "WAITING_FOR_WORKERS":
+                continue  # a long poll that ended is repeated at once
+            wait = min(backoff.next(), max(0.0, deadline - now))
+            if last.action is not Action.REFRESH and last.reason != "UNREACHABLE":
+                await asyncio.sleep(wait)
+            elif await self._client.link.wait_for_map(version, wait):
+                backoff.reset()  # the ledger moved
 
     async def _once(self, method: str, request: Any, deadline: float) -> Any:
         client = self._client

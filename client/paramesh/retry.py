@@ -74,8 +74,12 @@ class Backoff:
     """
 
     def __init__(self, first: float = 0.05, cap: float = 2.0):
-        self._next = first
+        self._first = self._next = first
         self._cap = cap
+
+    def reset(self) -> None:
+        """What was waited for has come: the next wait is for something else."""
+        self._next = self._first
 
     def next(self) -> float:
         """Seconds to wait now."""

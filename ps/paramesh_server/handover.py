@@ -88,6 +88,7 @@ class Handover:
             row: of the newest map; names another primary.
         """
         slot.replica.heed(row.epoch)
+        slot.stir()  # who waits for an answer here is told at once to go on there
         staged = await slot.run(lambda: slot.partition.staging.all(), inline=True)
         if staged:
             task = asyncio.ensure_future(self._ship(slot.number, staged))
