@@ -132,7 +132,7 @@ def _sync(fault: str, runs: int) -> tuple[list[float], int, int]:
     Returns:
         Seconds of each run, workers that ended in other bits than a calm run or were restarted, 0.
     """
-    from tests.cluster import replication
+    from tests.cluster import inspection, replication
     from tests.cluster.processes import ProcessCluster
 
     seconds = []
@@ -152,6 +152,10 @@ def _sync(fault: str, runs: int) -> tuple[list[float], int, int]:
         cluster.wait_until(lambda: all(w.events("final") for w in workers), RECOVERY_S, "the workers to end")
         ends = [w.last("final") for w in workers]
         restarts = sum(len(w.events("hello")) - 1 for w in workers)
+        kinds = [e.kind for e in inspection.events(cluster.coordinator_address)]
+        evicted = sum("evicted" in kind for kind in kinds)
+        if evicted or restarts:  # then steps were made without a worker, and bits differ for that
+            print(f"workers evicted={evicted} restarted={restarts}", file=sys.stderr, flush=True)
     return seconds, _differs_from_a_calm_run(ends) + restarts, 0
 
 
