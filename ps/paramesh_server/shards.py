@@ -48,6 +48,11 @@ ARRIVAL_S = 2.0
 """How long a request waits for a partition that the map already gives to this server."""
 
 
+async def _within(event: asyncio.Event, timeout: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout)
+
+
 class Slot:
     """One replica of this process, behind a lock: of a dense partition, or of the ledger."""
 
@@ -156,10 +161,10 @@ class Slot:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def stirred(self, timeout: float) -> None:
-        """Wait until something moved, or for `timeout` seconds."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._moved.wait(), timeout)
+    def stirred(self, timeout: float) -> Coroutine[Any, Any, None]:
+        """Wait until something moved since this call, or for `timeout` seconds."""
+        # The event of now, not that of when a task gets to run: what moves in between would be missed.
+        return _within(self._moved, timeout)
 
     async def released(self, lsn: int) -> None:
         """Wait until a record is in the log of every replica that may be in sync.
