@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from paramesh.archive import Archive, ClusterManifest, worker_file
-from paramesh.errors import ParameshError, refuse
+from paramesh.errors import ConfigError, ParameshError, refuse
 from paramesh.manifest import check_name
 from paramesh.v1 import checkpoint_pb2 as cp
 
@@ -27,7 +27,7 @@ from paramesh_coordinator.checkpoint_calls import PASSING, Calls
 from paramesh_coordinator.checkpoints import PARTITION, SHARED, STEP, Maker, Progress
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.operators import LEDGER
-from paramesh_coordinator.rows import Ref
+from paramesh_coordinator.rows import PartitionRow, Ref, ServerRow, TableRow
 
 __all__ = ["Custody"]
 
@@ -54,13 +54,11 @@ class Custody:
 
     Args:
         driver: decisions and state.
-        fresh: the state store was empty when this coordinator began.
     """
 
-    def __init__(self, driver: Driver, *, fresh: bool = False) -> None:
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._config = driver.config
-        self._fresh = fresh
         self._calls = Calls(driver)
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy: asyncio.Task[None] | None = None
@@ -73,19 +71,32 @@ class Custody:
         """Resume a restore, or begin with the one that was asked for.
 
         Raises:
-            ParameshError: the checkpoint to begin with cannot be loaded.
+            ConfigError: the checkpoint to begin with cannot be loaded; the state is as if never used.
         """
         location = self._driver.state.job.restoring
         if not location and self._config.restore:
-            if self._fresh:
-                location = await self._begin(self._config.restore)
+            if self._unused():
+                try:
+                    location = await self._begin(self._config.restore)
+                except ParameshError as error:
+                    raise ConfigError(f"restore: {error}", metadata={"key": "restore"}) from error
             else:
                 log.warning("restore=%s is not loaded again: the state file has the job already", self._config.restore)
         if location:
-            manifest = await asyncio.to_thread(_manifest_at, location, True)
-            self._run(self._restoring(manifest, location), Progress("restore", manifest.name))
+            progress = Progress("restore", location.rstrip("/").rpartition("/")[2], "verifying")
+            self._run(self._resume(location), progress)
         if self._config.checkpoint_seconds or self._config.checkpoint_steps:
             self._spawn(self._periodically())
+
+    def _unused(self) -> bool:
+        """Whether nothing was ever made or loaded on this state: an attempt with a wrong path does not count."""
+        state = self._driver.state
+        held = len(state.rows(ServerRow)) + len(state.rows(PartitionRow)) + len(state.rows(TableRow))
+        return state.job.generation == 1 and not held
+
+    async def _resume(self, location: str) -> None:
+        """Go on with a restore that is committed to; if its files are gone, another one may be asked for."""
+        await self._restoring(await asyncio.to_thread(_manifest_at, location, False), location)
 
     async def stop(self) -> None:
         """End everything; a checkpoint under way is given up and cleaned away."""
@@ -127,8 +138,6 @@ class Custody:
     def _check_idle(self) -> None:
         if self._busy is not None and not self._busy.done() and self.progress is not None:
             raise refuse("NOT_READY", f"{self.progress.kind} {self.progress.name} is under way: {self.progress.phase}")
-        if self._driver.state.job.restoring:
-            raise refuse("NOT_READY", f"{self._driver.state.job.restoring} is being restored")
 
     def archive(self) -> Archive:
         """The root.
@@ -149,6 +158,8 @@ class Custody:
             ParameshError: NOT_READY, PATH, UNIMPLEMENTED, NOT_FOUND, SCHEMA.
         """
         self._check_idle()
+        if self._driver.state.job.restoring:
+            raise refuse("NOT_READY", f"{self._driver.state.job.restoring} is being restored")
         archive = self.archive()
         if level == cp.CHECKPOINT_LEVEL_ALIGNED:
             raise refuse(

@@ -100,7 +100,8 @@ class Planning:
     async def _run(self) -> None:
         while not self._driver.deposed.done():
             try:
-                await asyncio.wait_for(self._wake.wait(), LOOK_SECONDS)
+                async with asyncio.timeout(LOOK_SECONDS):  # wait_for of Python 3.11 can lose the cancelling of `stop`
+                    await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()

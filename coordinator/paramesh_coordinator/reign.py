@@ -59,10 +59,9 @@ class Reign:
         except ValueError as error:
             raise ConfigError(f"state: {error}", metadata={"key": "state"}) from error
         self._check_job(config)
-        fresh = self.driver.state.job.map_version == 0
         self._errands = Errands(self.driver)
         self._planning = Planning(self.driver)
-        self._custody = Custody(self.driver, fresh=fresh)
+        self._custody = Custody(self.driver)
 
     def _check_job(self, config: CoordinatorConfig) -> None:
         stored = self.driver.state.job.name

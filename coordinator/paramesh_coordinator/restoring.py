@@ -72,12 +72,9 @@ def check(manifest: ClusterManifest, limits: Limits) -> None:
 def begin(draft: Draft, manifest: ClusterManifest, location: str) -> None:
     """Raise the generation; every table, partition and client of before is gone.
 
-    Raises:
-        Retryable: NOT_READY, while another restore is under way.
+    So is a restore that failed, or that this one replaces: `custody` has one at a time.
     """
     job = draft.job
-    if job.restoring:
-        raise refuse("NOT_READY", f"{job.restoring} is being restored already")
     old: list[Row] = [*draft.rows(PartitionRow), *draft.rows(TableRow)]
     for row in [*old, *draft.rows(OperationRow), *draft.rows(MoveRow)]:
         draft.delete(row)

@@ -15,7 +15,7 @@ import torch
 from tests.cluster.waiting import wait_until
 
 SCRIPT = """
-import random, sys, time
+import os, random, sys, time
 import paramesh, torch
 torch.manual_seed(5 + paramesh.rank()); random.seed(paramesh.rank())
 model = torch.nn.Sequential(
@@ -26,13 +26,16 @@ loader = paramesh.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2,
 optimizer = paramesh.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), model)
 scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
 paramesh.state(scheduler=scheduler)
+done = 0
 for _ in range(2):
     for (x,) in loader:
         optimizer.zero_grad()
         (model(x) * random.uniform(0.9, 1.1) - x.sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
         scheduler.step()
-        time.sleep(float(sys.argv[1]))
+        done += 1
+        while done == 8 and not os.path.exists(sys.argv[1]):
+            time.sleep(0.02)
 total = sum(value.double().sum() for value in model.state_dict().values()).item()
 print("FINAL", paramesh.rank(), total.hex(), random.random(), torch.rand(1).item(), flush=True)
 """
@@ -93,31 +96,35 @@ def test_a_run_is_the_same_from_a_checkpoint_taken_back_to_it_or_begun_with_it(t
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     port, root = free_port(), tmp_path / "checkpoints"
+    first_gate, second_gate = tmp_path / "gate-1", tmp_path / "gate-2"
     first = ps_run(
         started, tmp_path / "a.log", "--servers", "2", "--workers", "2", "--port", str(port),
-        "--checkpoint-dir", str(root), str(script), "0.1",
+        "--checkpoint-dir", str(root), str(script), str(first_gate),
     )  # fmt: skip
 
     def step():
         groups = json.loads(psctl(port, "status", "--json", check=False).stdout)["ledger"]["groups"]
         return groups[0]["step"]
 
-    wait_until(lambda: step() > 3, 90, "training to begin")
-    made = psctl(port, "checkpoint", "--name", "one", "--json")
-    assert json.loads(made.stdout)["phase"] == "done"
-    (row,) = json.loads(psctl(port, "checkpoints", "--verify", "--json").stdout)["checkpoints"]
-    assert (row["name"], row["complete"], row["level"], row["warnings"]) == ("one", True, "step", [])
-    for bad, said in ((["--name", "../x"], "is no name"), (["--level", "aligned"], "not made by this release")):
-        refused = psctl(port, "checkpoint", *bad, check=False)
-        assert (refused.returncode, said in refused.stderr) == (1, True)
-    at = row["steps"]["optimizer0"]
+    wait_until(lambda: step() == 8, 120, "training to come to the gate")
+    psctl(port, "checkpoint", "--name", "one", "--no-wait")
+    first_gate.touch()
+    wait_until(lambda: (root / "one" / "MANIFEST.json").exists(), 60, "the checkpoint")
     assert first.wait(120) == 0, (tmp_path / "a.log").read_text()[-3000:]
     second = ps_run(
         started, tmp_path / "b.log", "--servers", "3", "--workers", "2", "--port", str(port),
-        "--checkpoint-dir", str(root), "--restore", f"{root}/one", str(script), "0.1",
+        "--checkpoint-dir", str(root), "--restore", f"{root}/one", str(script), str(second_gate),
     )  # fmt: skip
-    wait_until(lambda: step() > at + 3, 120, "training to go on")
+    wait_until(lambda: step() > 0, 120, "the restore")
+    (row,) = json.loads(psctl(port, "checkpoints", "--verify", "--json").stdout)["checkpoints"]
+    assert (row["name"], row["complete"], row["level"], row["warnings"]) == ("one", True, "step", [])
+    at = row["steps"]["optimizer0"]
+    for bad, said in ((["--name", "../x"], "is no name"), (["--level", "aligned"], "not made by this release")):
+        refused = psctl(port, "checkpoint", *bad, check=False)
+        assert (refused.returncode, said in refused.stderr) == (1, True)
+    wait_until(lambda: step() == at + 8, 120, "training to come to the gate")
     assert "restored one" in psctl(port, "restore", "one").stdout
+    second_gate.touch()
     assert second.wait(120) == 0, (tmp_path / "b.log").read_text()[-3000:]
     text = (tmp_path / "b.log").read_text()
     assert text.count("the job was restored; started again at the checkpoint") == 2, text[-3000:]

@@ -339,6 +339,45 @@ def test_a_coordinator_that_dies_leaves_no_half_checkpoint(tmp_path, monkeypatch
         assert not (tmp_path / "checkpoint-000009.tmp").exists()
 
 
+def test_a_restore_that_fails_can_be_replaced_and_happens_once(tmp_path):
+    """Files that go between the check and the load; a wrong path; a coordinator started again with the same flags."""
+    with trained(tmp_path, 7) as (_, name, values, losses):
+        pass
+    state = tmp_path / "state"
+    state.mkdir()
+    with pytest.raises(ParameshError, match="restore: no complete checkpoint"):
+        Cluster(workers=WORKERS, directory=state, restore=f"{tmp_path}/nothing").start()
+    config = {"restore": f"{tmp_path}/{name}", "checkpoint_dir": str(tmp_path), "directory": state}
+    with Cluster(servers=2, workers=WORKERS, **config) as cluster:
+        assert settled(cluster) is None
+        generation = cluster._coordinator._driver.state.job.generation
+        cluster.restart_coordinator()
+        assert cluster._coordinator._driver.state.job.generation == generation
+        assert custody(cluster).progress is None
+        hidden = tmp_path / name / "ledger.bin"
+        content = hidden.read_bytes()
+        begin = custody(cluster)._begin
+
+        async def losing(location):
+            done = await begin(location)
+            hidden.unlink()
+            return done
+
+        custody(cluster)._begin = losing
+        cluster.call(custody(cluster).restore(name))
+        error = settled(cluster)
+        assert error is not None
+        assert error.reason == "DAMAGED"
+        custody(cluster)._begin = begin
+        hidden.write_bytes(content)
+        cluster.call(custody(cluster).restore(name))
+        assert settled(cluster) is None
+        script = Script()
+        again = cluster.run(script)
+    assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
+    assert script.losses[0] == losses[0][-len(script.losses[0]) :]
+
+
 def test_async_training_is_written_partition_by_partition(tmp_path):
     with trained(tmp_path, 7, mode="async") as (cluster, name, _, _):
         assert Archive(str(tmp_path)).manifest(name, verify=True).level == "partition"

@@ -113,6 +113,7 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
         "--start-workers", "--min-workers", "--min-servers", "--replicas",
         "--min-isr", "--rebalance",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
+        "--checkpoint-dir", "--checkpoint-every", "--checkpoint-keep", "--restore",
         "--log-level", "--version",
     }  # fmt: skip
 

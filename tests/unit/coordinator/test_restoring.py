@@ -89,12 +89,12 @@ def test_it_waits_for_enough_servers() -> None:
     assert job.parts() == []
 
 
-def test_one_restore_at_a_time() -> None:
+def test_a_restore_replaces_one_that_failed() -> None:
     job = Job("a")
     job.decide(lambda draft: restoring.begin(draft, MANIFEST, "root/c"))
-    with pytest.raises(ParameshError) as caught:
-        job.decide(lambda draft: restoring.begin(draft, MANIFEST, "root/d"))
-    assert caught.value.reason == "NOT_READY"
+    job.decide(lambda draft: restoring.place(draft, MANIFEST, 1))
+    job.decide(lambda draft: restoring.begin(draft, MANIFEST, "root/d"))
+    assert (job.state.job.generation, job.state.job.restoring, job.parts()) == (4, "root/d", [])
 
 
 def test_a_restore_takes_everything_of_before_away() -> None:
