@@ -162,16 +162,6 @@ class CoordinatorConfig:
                 "inside a network that you trust",
             )
 
-    def _check_checkpoints(self) -> None:
-        if (self.checkpoint_seconds or self.checkpoint_steps) and not self.checkpoint_dir:
-            raise _wrong("checkpoint_every", "says when, and --checkpoint-dir must say where")
-        if self.checkpoint_keep < 1:
-            raise _wrong("checkpoint_keep", f"is {self.checkpoint_keep}, and must be at least 1")
-        if not (math.isfinite(self.checkpoint_seconds) and 0 <= self.checkpoint_seconds <= 31 * 86400):
-            raise _wrong("checkpoint_every", f"is {self.checkpoint_seconds} s, and must be within 0 and 31 days")
-        if self.checkpoint_steps < 0:
-            raise _wrong("checkpoint_every", f"is {self.checkpoint_steps} steps, and must not be negative")
-
     def _check_times(self) -> None:
         for key in ("heartbeat_interval", "failure_timeout", "client_timeout", "push_timeout"):
             if not (math.isfinite(getattr(self, key)) and 0.01 <= getattr(self, key) <= 3600):

@@ -171,7 +171,6 @@ class ParameterServer:
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
         self._orders.register(self._control)
         self._inbound.register(self._control)
-        self._checkpoints.register(self._control)
         self._handover.register(self._control)
         self._checkpoints.register(self._control)
         host = config.advertised_host
