@@ -98,3 +98,12 @@ def test_exits_in_words():
     assert describe_exit(3) == "exited with code 3"
     assert describe_exit(-9) == "killed by SIGKILL"
     assert describe_exit(-200) == "killed by signal 200"
+
+
+def test_a_restored_job_uses_up_no_restart() -> None:
+    """Somebody took it back to a checkpoint: its workers end with OLD_GENERATION, which is no failure."""
+    words = Words("StateRefused", "OLD_GENERATION", "generation 1 is over")
+    history = SlotHistory(used=3, total=3)
+    verdict = decide(history, Ended(1, 5.0, words), RestartLimits(max_restarts=3), stopping=False)
+    assert (verdict.decision, verdict.delay_s) == (Decision.RESTART, 0.0)
+    assert verdict.history == SlotHistory(used=3, total=4)
