@@ -114,8 +114,12 @@ def train(proxies: list[Proxy]) -> Callable[[int], list[float]]:
         assert session is not None
         if proxies:
             behind(session.client, proxies[0])
-        torch.manual_seed(5)
         model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        # Not torch.manual_seed: workers are threads here and would draw from one generator in turn.
+        first = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=first) * 0.2)
         data = torch.randn(160, 16, generator=torch.Generator().manual_seed(0))
         loader = paramesh.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2, shuffle=True, seed=1)
         optimizer = paramesh.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), model)
