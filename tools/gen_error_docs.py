@@ -28,7 +28,7 @@ BY_ITSELF = {
 
 REMEDIES = {
     "WRONG_PARTITION": "A bug or a foreign client: compare versions of the two sides.",
-    "PARTITION_OFFLINE": "Its server is lost, and with one replica so are its values. `psctl restore`, or start the job anew.",
+    "PARTITION_OFFLINE": "Every complete copy is lost, with its values. `psctl restore`, or start the job anew.",
     "NOT_READY": "Nothing at start. If it stays: start more `ps-server` processes.",
     "WRONG_CLUSTER": "Correct `PARAMESH_COORDINATOR` or `PARAMESH_JOB`.",
     "OLD_GENERATION": "Nothing under `ps-worker` and `ps-run`, which start it anew. Start others again.",

@@ -68,9 +68,7 @@ class ClusterHandle(abc.ABC):
     can_pause = False
     """Whether `pause` and `resume` work (threads cannot be stopped)."""
 
-    def __init__(
-        self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any
-    ) -> None:
+    def __init__(self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any) -> None:
         self.server_count = servers
         self.job_config = {"replicas": replicas, **job_config}
         self.workers: list[WorkerHandle] = []

@@ -58,9 +58,7 @@ class ThreadWorker(WorkerHandle):
 class InProcessCluster(ClusterHandle):
     """Coordinator and servers on the IO thread, workers in threads."""
 
-    def __init__(
-        self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any
-    ) -> None:
+    def __init__(self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any) -> None:
         super().__init__(servers, directory, replicas, **job_config)
         self._temporary = tempfile.TemporaryDirectory(prefix="paramesh-test-")
         self.directory = directory or Path(self._temporary.name)

@@ -149,9 +149,7 @@ class ProcessCluster(ClusterHandle):
 
     can_pause = True
 
-    def __init__(
-        self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any
-    ) -> None:
+    def __init__(self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any) -> None:
         super().__init__(servers, directory, replicas, **job_config)
         self._own_directory = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="paramesh-test-"))
