@@ -71,6 +71,7 @@ def test_leaders_killed_one_after_the_other_stall_no_step_and_evict_nobody(sever
     assert not [k for k in kinds(several) if "evicted" in k or "dead" in k], kinds(several)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("several", [THREE], indirect=True)
 @pytest.mark.parametrize("when", ["before it is decided", "once it is committed"])
 def test_a_leader_killed_during_a_promotion(several, when):
@@ -101,6 +102,7 @@ def test_a_leader_killed_during_a_promotion(several, when):
     assert not [k for k in kinds(several) if "evicted" in k]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("several", [THREE], indirect=True)
 def test_a_leader_that_was_stopped_comes_back_to_stand_by(several):
     """Row 15: it decides nothing more; what happens meanwhile is the new leader's to decide."""

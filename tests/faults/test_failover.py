@@ -32,7 +32,8 @@ BOUND = 15.0
 TIMEOUT = 2.0
 """The failure timeout, by default."""
 
-SIZES = pytest.mark.parametrize(("servers", "replicas"), [(3, 2), (3, 3)], ids=["two", "three"])
+THREE = pytest.param(3, 3, id="three", marks=pytest.mark.soak)  # as with two, but for longer: see make soak
+SIZES = pytest.mark.parametrize(("servers", "replicas"), [pytest.param(3, 2, id="two"), THREE])
 
 
 def pushing(process_cluster, servers: int, replicas: int) -> tuple[ProcessCluster, list[WorkerHandle], dict[int, Row]]:

@@ -17,7 +17,8 @@ from tests.cluster import inspection, replication
 from tests.cluster.inprocess import InProcessCluster
 
 TALLY = "tests.cluster.bodies:tally"
-SIZES = pytest.mark.parametrize(("servers", "replicas"), [(3, 2), (3, 3)], ids=["two", "three"])
+THREE = pytest.param(3, 3, id="three", marks=pytest.mark.soak)  # as with two, but for longer: see make soak
+SIZES = pytest.mark.parametrize(("servers", "replicas"), [pytest.param(3, 2, id="two"), THREE])
 
 
 @functools.cache
