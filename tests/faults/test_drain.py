@@ -49,6 +49,7 @@ def test_sigterm_gives_everything_away_under_load(process_cluster, replicas):
     settle(cluster, pushers)
 
 
+@pytest.mark.soak
 def test_a_rolling_restart_under_load(process_cluster):
     """Each server in turn: SIGTERM, exit 0, started anew, everything in sync again."""
     cluster = process_cluster(servers=3, replicas=2)
@@ -75,6 +76,7 @@ def test_all_servers_asked_at_once_do_not_wait_for_each_other(process_cluster):
     assert set(codes) == {0}
 
 
+@pytest.mark.soak
 def test_a_second_sigterm_ends_it_at_once(process_cluster):
     """Nothing can be copied to a server that is stopped: the drain waits, until it is told again."""
     cluster = process_cluster(servers=2, failure_timeout=60, client_timeout=60)
@@ -89,6 +91,7 @@ def test_a_second_sigterm_ends_it_at_once(process_cluster):
     process.wait(10)
 
 
+@pytest.mark.soak
 def test_psctl_drains_moves_and_evens_out(process_cluster):
     cluster = process_cluster(servers=3)
     pushers = replication.start_pushers(cluster)

@@ -81,6 +81,7 @@ def test_a_killed_primary_loses_and_doubles_nothing(process_cluster, servers, re
     assert {"server_dead"} <= set(kinds(cluster)), "no audit line (invariant 30)"
 
 
+@pytest.mark.soak
 @SIZES
 def test_three_servers_killed_and_started_again_one_after_the_other(process_cluster, servers, replicas):
     """Each comes back empty and is in sync again before the next dies: nothing is lost in any round."""
@@ -95,7 +96,7 @@ def test_three_servers_killed_and_started_again_one_after_the_other(process_clus
     settle(cluster, pushers)
 
 
-@pytest.mark.parametrize("after", ["as a learner", "in sync"])
+@pytest.mark.parametrize("after", [pytest.param("as a learner", marks=pytest.mark.soak), "in sync"])
 def test_a_primary_killed_just_after_a_follower_attached_loses_nothing_silently(process_cluster, after):
     """Row 1b: Redis elected such a follower empty and lost all. Here: the old data, or OFFLINE."""
     cluster = process_cluster(servers=2, replicas=2)
@@ -178,7 +179,7 @@ def test_a_primary_killed_before_its_reply_arrives_has_the_push_known_as_a_dupli
     process_cluster, own_client, servers, replicas
 ):
     """Row 2: applied everywhere, reply lost with the primary; the retry gets the first answer from the new one."""
-    cluster = process_cluster(servers=servers, replicas=replicas)
+    cluster = process_cluster(servers=servers, replicas=replicas, client_timeout=120)  # its clients do not beat
     client, partition = one_table(cluster, own_client)
     before = replication.wait_until_in_sync(cluster, replicas)[partition]
     io = IoThread.get()
@@ -191,18 +192,20 @@ def test_a_primary_killed_before_its_reply_arrives_has_the_push_known_as_a_dupli
         cluster.wait_until(lambda: counts(cluster)[1] == 1.0, BOUND, "the push to be committed")
         assert not push.done(), "its reply came through"
         cluster.kill(before.primary)
+        proxy.cut()  # as the kernel of a killed process does; the reply stays lost
         (outcome,) = push.result(20).values()
     assert outcome.duplicate
     assert outcome.epoch > before.epoch
     assert counts(cluster)[:3] == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.soak
 @SIZES
 def test_a_primary_killed_before_its_followers_acknowledge_counts_the_push_once(
     process_cluster, own_client, servers, replicas
 ):
     """Row 3: appended and applied by the primary alone; whether a follower has it or not, it counts once."""
-    cluster = process_cluster(servers=servers, replicas=replicas)
+    cluster = process_cluster(servers=servers, replicas=replicas, client_timeout=120)
     client, partition = one_table(cluster, own_client)
     before = replication.wait_until_in_sync(cluster, replicas)[partition]
     io = IoThread.get()
@@ -228,6 +231,7 @@ def applied_at(address: str, partition: int) -> int:
     return next(p.pushes for p in found.partitions if p.partition == partition)
 
 
+@pytest.mark.soak
 @SIZES
 def test_a_killed_follower_costs_a_stall_at_most(process_cluster, servers, replicas):
     """Row 6: partitions that it only follows go on under the same epoch; it leaves every in-sync set."""
@@ -285,6 +289,7 @@ def wait_seconds(cluster, seconds: float) -> None:
     cluster.wait_until(lambda: time.monotonic() >= end, seconds + 5, "time to pass")
 
 
+@pytest.mark.soak
 @SIZES
 def test_a_primary_stopped_for_half_a_timeout_stays_primary(process_cluster, servers, replicas):
     """Row 8: no failover, nobody leaves a set, pushes go on when it does."""
@@ -359,6 +364,7 @@ def no_older_epoch(pushers) -> bool:
     return True
 
 
+@pytest.mark.soak
 @SIZES
 def test_a_stopped_follower_leaves_and_rejoins(process_cluster, servers, replicas):
     """Row 10: sets shrink without it, it catches up when it goes on, and is then as good as any."""
@@ -385,6 +391,7 @@ def test_a_stopped_follower_leaves_and_rejoins(process_cluster, servers, replica
     settle(cluster, pushers)
 
 
+@pytest.mark.soak
 def test_two_suspicions_in_a_row_interrupt_nobody(process_cluster):
     """Both servers fall silent one after the other and are there again: offline for a while, and no error.
 

@@ -56,7 +56,7 @@ def longest_step(workers, since: float) -> float:
 
 
 @SIZES
-@pytest.mark.parametrize("whose", ["ledger", "table"])
+@pytest.mark.parametrize("whose", [pytest.param("ledger", marks=pytest.mark.soak), "table"])
 def test_a_primary_killed_under_sync_training_changes_no_bit(process_cluster, servers, replicas, whose):
     """Show 2: killed at any moment; the same bits as without the fault (invariant 15)."""
     cluster, workers, before = training(process_cluster, servers, replicas, epochs=3, seconds=0.02)
@@ -93,6 +93,7 @@ def staged(cluster, partitions) -> bool:
     return all(found[p] > 0 for p in partitions)
 
 
+@pytest.mark.soak
 @SIZES
 @pytest.mark.parametrize("applied", ["on the others", "on the victim"])
 def test_a_primary_killed_after_the_step_was_applied_on_some_partitions(process_cluster, servers, replicas, applied):
@@ -120,6 +121,7 @@ def applied_steps(cluster) -> dict[int, int]:
     return {p.partition: p.applied_step for answer in infos for p in answer.partitions}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", ["sync", "ssp", "async", "local"])
 @SIZES
 def test_the_ledgers_server_killed_in_each_mode_counts_every_sample_once(process_cluster, servers, replicas, mode):
@@ -140,6 +142,7 @@ def test_the_ledgers_server_killed_in_each_mode_counts_every_sample_once(process
     print(f"mode={mode} replicas={replicas} longest_step_s={took:.3f}")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_steps_never_stall_while_the_coordinator_is_away(process_cluster, mode):
     """Row 12 with two replicas: logs are replicated without it, and its return changes nothing."""
@@ -170,6 +173,7 @@ def test_steps_never_stall_while_the_coordinator_is_away(process_cluster, mode):
     }
 
 
+@pytest.mark.soak
 @SIZES
 def test_a_server_killed_while_the_coordinator_is_away_is_replaced_when_it_is_back(process_cluster, servers, replicas):
     """Row 14: two faults: steps wait; nobody wrong is promoted, and the bits are those of the calm run."""
@@ -194,6 +198,7 @@ def test_a_server_killed_while_the_coordinator_is_away_is_replaced_when_it_is_ba
     print(f"replicas={replicas} first_step_after_return_s={first - back:.3f}")
 
 
+@pytest.mark.soak
 def test_a_second_coordinator_on_the_file_is_refused_while_the_first_is_stopped(process_cluster):
     """Row 15: also of one that does not run; when it goes on, training has not noticed."""
     cluster, workers, before = training(process_cluster, 3, 2, epochs=4, seconds=0.02)
@@ -223,7 +228,10 @@ def kill_at_random(cluster, workers, until: float, every: float, seed: int) -> i
 
 @pytest.mark.parametrize(
     ("seconds", "epochs"),
-    [(20, 30), pytest.param(120, 180, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],
+    [
+        pytest.param(20, 30, marks=pytest.mark.soak),
+        pytest.param(120, 180, marks=[pytest.mark.soak, pytest.mark.timeout(900)]),
+    ],
     ids=["20s", "2min"],
 )
 def test_random_servers_killed_and_restarted_change_no_bit(process_cluster, seconds, epochs):

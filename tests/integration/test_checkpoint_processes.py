@@ -91,6 +91,7 @@ def finals(log):
     return sorted(re.findall(r"FINAL (.*)", log.read_text()))
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_run_is_the_same_from_a_checkpoint_taken_back_to_it_or_begun_with_it(tmp_path, started):
     script = tmp_path / "train.py"

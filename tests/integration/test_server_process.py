@@ -37,7 +37,9 @@ class Nodes:
 
     def start_coordinator(self, bind: str = "127.0.0.1:0", *flags: str) -> str:
         self.log("coordinator").unlink(missing_ok=True)  # an earlier one's words are not this one's
-        self.start("coordinator", "paramesh_coordinator.cli", "--ephemeral", "--bind", bind, *flags)
+        # On a file: a coordinator that comes back empty beside a living cluster refuses to lead.
+        state = str(self.folder / "coordinator.sqlite")
+        self.start("coordinator", "paramesh_coordinator.cli", "--state", state, "--bind", bind, *flags)
         self.coordinator = self.said("coordinator", r"serving address=(\S+)")
         return self.coordinator
 
