@@ -162,7 +162,7 @@ def test_a_run_from_start_to_summary(run, tmp_path: Path):
 def test_a_failed_script_is_named_with_its_last_lines(run, tmp_path: Path):
     body = """
     if os.environ["PARAMESH_LOCAL_RANK"] == "0": time.sleep(1000)
-    for line in range(50): print("line", line)
+    for line in range(50): print("line", line, file=sys.stderr)
     print("the last words", file=sys.stderr)
     sys.exit(7)
     """

@@ -1,0 +1,36 @@
+"""Who is chief: one worker, also while the others are still on their way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from paramesh.roster import Roster
+from paramesh.v1 import ledger_pb2 as lg
+
+
+def roster(rank: int, members: list[int], *, start_workers: int, next_step: int = 0) -> Roster:
+    status = lg.LedgerStatusResponse(
+        members=[lg.Member(rank=other) for other in members],
+        groups=[lg.GroupStatus(next_step=next_step)],
+    )
+    session: Any = SimpleNamespace(
+        rank=rank, job=SimpleNamespace(start_workers=start_workers), request=lambda _ask, _what: status
+    )
+    return Roster(session)
+
+
+@pytest.mark.parametrize(("rank", "chief"), [(0, True), (1, False), (2, False)])
+def test_who_joins_first_is_not_chief_for_that(rank: int, chief: bool) -> None:
+    assert roster(rank, [rank], start_workers=3).is_lowest() is chief
+
+
+def test_when_all_are_there_the_lowest_rank_is_chief() -> None:
+    assert roster(1, [1, 2, 3], start_workers=3).is_lowest()
+    assert not roster(2, [1, 2, 3], start_workers=3).is_lowest()
+
+
+def test_in_training_the_lowest_of_those_that_live_is_chief() -> None:
+    assert roster(2, [2], start_workers=3, next_step=5).is_lowest()
+    assert roster(2, [2], start_workers=3, next_step=5).world_size() == 1
