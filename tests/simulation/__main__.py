@@ -7,39 +7,15 @@ python -m tests.simulation --seed 17
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
-
-import torch
 
 from tests.simulation.broken import BROKEN
-from tests.simulation.world import Failure, simulate
+from tests.simulation.seeds import results
 
 SHOWN = 3
 """Stories of failing seeds that are printed whole."""
-
-
-def _one(job: tuple[int, int, str]) -> tuple[int, str, str]:
-    """Seed, what became of it, its story if it fails."""
-    seed, replicas, broken = job
-    with BROKEN[broken]() if broken else nullcontext():
-        try:
-            return seed, simulate(seed, replicas).how, ""
-        except Failure as failure:
-            return seed, "FAILED", str(failure)
-
-
-def _results(jobs: list[tuple[int, int, str]], workers: int) -> Iterator[tuple[int, str, str]]:
-    torch.set_num_threads(1)
-    if workers < 2 or len(jobs) < 2:
-        yield from map(_one, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        yield from pool.imap(_one, jobs, chunksize=4)
 
 
 def main() -> int:
@@ -54,7 +30,7 @@ def main() -> int:
     flags = parser.parse_args()
     seeds = [flags.seed] if flags.seed is not None else range(flags.first, flags.first + flags.seeds)
     began, counts, failed = time.monotonic(), Counter[str](), list[int]()
-    for seed, how, story in _results([(seed, flags.replicas, flags.broken) for seed in seeds], flags.jobs):
+    for seed, how, story in results([(seed, flags.replicas, flags.broken) for seed in seeds], flags.jobs):
         counts[how] += 1
         if story:
             failed.append(seed)
