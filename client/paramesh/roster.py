@@ -40,13 +40,12 @@ class Roster:
         return self._status
 
     def world_size(self) -> int:
-        """Members now; before the first step, at least as many as the job starts with."""
+        """Members now; until the job has started, at least as many as it starts with."""
         return max(1, len(self._now().members), self._expected())
 
     def _expected(self) -> int:
-        """Members that the job will start with; 0 once it has."""
-        begun = any(group.next_step > 0 or group.max_clock > 0 for group in self._now().groups)
-        return 0 if begun else self._session.job.start_workers
+        """Members that the job will start with; 0 once they have all been there."""
+        return 0 if self._now().started else self._session.job.start_workers
 
     def is_lowest(self) -> bool:
         """Whether no member has a lower rank than this worker, now or when those are here that the job starts with."""

@@ -72,8 +72,8 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many workers there are now; before the first step, at least as many as the job
-    was started with. Alone: 1. It changes when workers come, die or leave.
+    """How many workers there are now; until the job has started, at least as many as it starts with.
+    Alone: 1. It changes when workers come, die or leave.
     """
     session = current()
     return 1 if session is None else session.roster.world_size()

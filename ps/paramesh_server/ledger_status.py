@@ -32,6 +32,7 @@ class Status:
             ],
             evictions=self._members.state.evictions,
             phase=self.phase(),
+            started=self._members.state.started,
         )
 
     def _member_list(self) -> list[Member]:

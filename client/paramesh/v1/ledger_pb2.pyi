@@ -1180,10 +1180,15 @@ class LedgerStatusResponse(google.protobuf.message.Message):
     EVICTIONS_FIELD_NUMBER: builtins.int
     LSN_FIELD_NUMBER: builtins.int
     PHASE_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
     evictions: builtins.int
     lsn: builtins.int
     phase: builtins.str
     """phase is "training", "waiting for workers (1 of 2 joined)", and the like."""
+    started: builtins.bool
+    """started: as many members as the job starts with were there at one time. Before that the one who
+    came first is not the chief for that; after it, whoever lives and has the lowest rank is.
+    """
     @property
     def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Member]: ...
     @property
@@ -1204,7 +1209,8 @@ class LedgerStatusResponse(google.protobuf.message.Message):
         evictions: builtins.int = ...,
         lsn: builtins.int = ...,
         phase: builtins.str = ...,
+        started: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "evictions", b"evictions", "figures", b"figures", "groups", b"groups", "lsn", b"lsn", "members", b"members", "phase", b"phase"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "evictions", b"evictions", "figures", b"figures", "groups", b"groups", "lsn", b"lsn", "members", b"members", "phase", b"phase", "started", b"started"]) -> None: ...
 
 global___LedgerStatusResponse = LedgerStatusResponse

@@ -10,10 +10,10 @@ from paramesh.roster import Roster
 from paramesh.v1 import ledger_pb2 as lg
 
 
-def roster(rank: int, members: list[int], *, start_workers: int, next_step: int = 0) -> Roster:
+def roster(rank: int, members: list[int], *, start_workers: int, started: bool = False) -> Roster:
     status = lg.LedgerStatusResponse(
         members=[lg.Member(rank=other) for other in members],
-        groups=[lg.GroupStatus(next_step=next_step)],
+        started=started,
     )
     session: Any = SimpleNamespace(
         rank=rank, job=SimpleNamespace(start_workers=start_workers), request=lambda _ask, _what: status
@@ -31,6 +31,10 @@ def test_when_all_are_there_the_lowest_rank_is_chief() -> None:
     assert not roster(2, [1, 2, 3], start_workers=3).is_lowest()
 
 
+def test_one_who_died_before_the_first_step_is_not_waited_for() -> None:
+    assert roster(1, [1], start_workers=2, started=True).is_lowest()
+
+
 def test_in_training_the_lowest_of_those_that_live_is_chief() -> None:
-    assert roster(2, [2], start_workers=3, next_step=5).is_lowest()
-    assert roster(2, [2], start_workers=3, next_step=5).world_size() == 1
+    assert roster(2, [2], start_workers=3, started=True).is_lowest()
+    assert roster(2, [2], start_workers=3, started=True).world_size() == 1
