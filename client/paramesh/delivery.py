@@ -7,6 +7,7 @@ refusals are raised.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import time
@@ -41,7 +42,7 @@ R = TypeVar("R")
 Answers = Mapping[int, R | ParameshError]
 
 
-class Delivery:
+class Delivery(abc.ABC):
     """Lanes to servers, and requests over them. Lives on the IO loop; `AsyncClient` is one.
 
     Args:
@@ -256,6 +257,7 @@ class Delivery:
                 permission.client_ids[:] = sorted({*permission.client_ids, *answer.degraded})
         return False
 
+    @abc.abstractmethod
     async def _restage(
         self, partition: int, group: int, step: int, missing: Sequence[int], records: Sequence[pb.StepRecord]
     ) -> bool:
@@ -263,7 +265,6 @@ class Delivery:
 
         The decision goes along: a partition takes what it names even of a client that is fenced.
         """
-        raise NotImplementedError
 
     def _first_to_raise(self, failed: Mapping[int, ParameshError]) -> ParameshError | None:
         for partition, error in failed.items():

@@ -116,7 +116,8 @@ class CheckpointControl:
         slot = self._ledger.slot
         if slot is None:
             raise refuse("NOT_PRIMARY", "the ledger has moved to another server")
-        await slot.released(cut.lsn)
+        # The cut counts the ledger's own records; the log has those of epochs and marks besides.
+        await slot.released(slot.replica.machine.log.lsn, slot.replica.reign)
         entry = await self._put(request.folder, LEDGER_FILE, [cut.data])
         entry.lsn = cut.lsn
         entry.groups.extend(_groups(cut))
@@ -124,8 +125,9 @@ class CheckpointControl:
 
     async def _write(self, number: int, request: cp.WriteCutRequest) -> cp.WrittenCut:
         held = await self._shards.find(number)
+        reign = held.replica.reign
         cut = await self._cut(held, request)
-        await held.released(cut.state.lsn)
+        await held.released(cut.state.lsn, reign)
         metadata = partition_file.metadata_of(number, cut.state)
         entry = await self._put(
             request.folder, partition_file.name_of(number), partition_file.chunks(metadata, cut.parts)

@@ -14,7 +14,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
+from paramesh_server.records import pack_presence
 from paramesh_server.replica import Role
 from paramesh_server.shards import Held, Slot
 from paramesh_server.staging import Contribution, FrameBytes, StagedKey, assemble
@@ -201,7 +202,7 @@ def _messages(first: rp.HandoverHeader, staged: Staged) -> Iterator[bytes]:
         head = rp.HandoverHeader()
         head.staged.CopyFrom(
             rp.StagedBytes(
-                group=group, step=step, client_id=client, attempt=attempt, present=_bits(contribution.present),
+                group=group, step=step, client_id=client, attempt=attempt, present=pack_presence(contribution.present),
                 digest=contribution.digest, nbytes=contribution.nbytes,
             )
         )  # fmt: skip
@@ -216,12 +217,6 @@ def _messages(first: rp.HandoverHeader, staged: Staged) -> Iterator[bytes]:
             )  # fmt: skip
             yield encode(head, (frame.payload,))
             head.ClearField("staged")
-
-
-def _bits(present: Iterable[bool]) -> bytes:
-    flags = list(present)
-    number = sum(1 << i for i, flag in enumerate(flags) if flag)
-    return number.to_bytes((len(flags) + 7) // 8, "little")
 
 
 async def _contributions(

@@ -82,6 +82,7 @@ class LedgerHost:
                 log.info("ledger=here primary=%s generation=%d", mine, routes.generation)
             self.slot.min_isr = max(1, routes.map.config.min_isr)
             if await take_role(self.slot, row, mine=mine, dead=dead):
+                await self._end_service()  # of an earlier reign that a follower ended before any map did
                 self._start(self.slot)
             elif self.slot.replica.role is not Role.PRIMARY:
                 await self._end_service()
@@ -132,8 +133,10 @@ class LedgerHost:
             slot.replica.appended(time.monotonic())
             slot.stir()
 
+        reign = slot.replica.reign
+
         async def committed(_: int) -> None:
-            await slot.released(machine.log.lsn)
+            await slot.released(machine.log.lsn, reign)
 
         machine.ledger.serve(sink, routes.map.config, time.monotonic())
         self._service = LedgerService(

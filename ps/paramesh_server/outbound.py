@@ -107,6 +107,8 @@ class Outbound:
                 raise
             except Exception:
                 log.exception("replication partition=%d to=%s failed", slot.number, ref.node)
+            if not stream.installed:
+                slot.replica.pins.pop(ref, None)  # else a follower that never comes would keep every record here
             slot.replica.insync.lost(ref)
             slot.stir()
             if stream.answered:
@@ -151,6 +153,8 @@ class _Stream:
         self._ref = ref
         self._epoch = slot.replica.machine.epoch
         self._version = slot.replica.insync.version
+        self.installed = False
+        """A snapshot is there; what follows it is kept for the next try."""
         self.answered = False
         """The follower was there: the next try need not wait long."""
 
@@ -287,9 +291,8 @@ class _Stream:
             await call.write(encode(head))
             return
         for at, piece in _pieces(record):
-            head.frame.CopyFrom(_frame(piece, at, last=at + piece.nbytes == record.nbytes))
-            small = piece.nbytes < 1 << 17
-            await call.write(await self._slot.compute(partial(encode, head, (piece,)), inline=small))
+            last, small = at + piece.nbytes == record.nbytes, piece.nbytes < 1 << 17
+            await call.write(await self._slot.compute(partial(_framed, head, piece, at, last), inline=small))
             head.ClearField("record")
 
     async def _install(self, channel: Any) -> None:
@@ -305,6 +308,7 @@ class _Stream:
             SERVICE + "Install", request_serializer=bytes, response_deserializer=rp.InstallResponse.FromString
         )
         await install(_each(messages), timeout=INSTALL_S)
+        self.installed = True
 
     def _cut(self) -> tuple[int, list[bytes]]:
         machine = self._slot.replica.machine
@@ -336,6 +340,12 @@ def _pieces(record: Record) -> Iterator[tuple[int, memoryview]]:
             piece = view[begin : begin + FRAME_BYTES]
             yield at, piece
             at += piece.nbytes
+
+
+def _framed(head: rp.AppendHeader, piece: memoryview, at: int, last: bool) -> bytes:
+    """One message: its checksum and its one copy are made where large ones stall nobody."""
+    head.frame.CopyFrom(_frame(piece, at, last=last))
+    return encode(head, (piece,))
 
 
 def _frame(piece: memoryview, at: int, *, last: bool) -> pb.Frame:

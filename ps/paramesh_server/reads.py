@@ -18,7 +18,7 @@ from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.counters import Counters
 from paramesh_server.sending import EncodedValues, encode_cut, encode_values
-from paramesh_server.servicer import DataPlane
+from paramesh_server.servicer import DataPlane, Formed
 from paramesh_server.shards import Held
 
 FLOOR_S = 60.0
@@ -53,17 +53,19 @@ class Reads:
 
     async def _pull(self, asked: ps.PartitionPull, request: ps.PullRequest, deadline: float) -> Sequence[bytes]:
         """One partition's messages, or the one that says why not; never raises."""
+        formed: Formed | None = None
         try:
             held = await self._plane.find(asked.partition, asked.epoch)
+            formed = Formed(held, held.replica.reign)
             kind = request.checksum_kind or pb.CHECKSUM_KIND_CRC32
             if request.at_step:
                 encoded = await self._at_step(held, request, kind)
             else:
                 encoded = await self._above_floor(held, asked, request, kind, deadline)
-            await held.released(encoded.at.lsn)
+            await held.released(encoded.at.lsn, formed.reign)
             return encoded.messages
         except Exception as error:
-            detail = self._plane.detail(error, f"partition {asked.partition}")
+            detail = await self._plane.refusal(error, formed, asked.partition)
             return (encode(ps.PullHeader(partition=asked.partition, error=detail)),)
 
     async def _at_step(self, held: Held, request: ps.PullRequest, kind: int) -> EncodedValues:
@@ -104,7 +106,7 @@ class Reads:
             return encoded
 
         def work() -> EncodedValues:
-            partition.check_ready()
+            held.partition.check_ready()  # by now it may be another object: a snapshot was installed
             return self._encode(held, kind)
 
         return await held.lead(work)
@@ -133,8 +135,10 @@ class Reads:
                 yield message
 
     async def _cut(self, asked: ps.PartitionPull, request: ps.SnapshotRequest) -> Sequence[bytes]:
+        formed: Formed | None = None
         try:
             held = await self._plane.find(asked.partition, asked.epoch)
+            formed = Formed(held, held.replica.reign)
             kind = request.checksum_kind or pb.CHECKSUM_KIND_CRC32
 
             def work() -> Sequence[bytes]:
@@ -143,7 +147,9 @@ class Reads:
                     held.partition.check_step(request.step)
                 return encode_cut(held.partition, kind)
 
-            return await held.lead(work)
+            messages = await held.lead(work)
+            await formed.released()
+            return messages
         except Exception as error:
-            detail = self._plane.detail(error, f"partition {asked.partition}")
+            detail = await self._plane.refusal(error, formed, asked.partition)
             return (encode(ps.SnapshotHeader(partition=asked.partition, error=detail, partition_done=True)),)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from paramesh import hyper
 from paramesh.channel import check_header, grpc
@@ -29,7 +29,6 @@ from paramesh_server.counters import Counters
 from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
 from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
-from paramesh_server.replica import Role
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.shards import Held, Shards
 from paramesh_server.staging import Contribution
@@ -42,6 +41,25 @@ GAP_S = 1.0
 ASSIGN_COPIES = 8
 """Times the partition's bytes that one assign may bring: values and the three or four
 states of an optimizer, with room."""
+
+
+_OF_RELEASE = frozenset({"NOT_PRIMARY", "NOT_ENOUGH_REPLICAS"})
+"""Reasons of `Slot.released` itself: waiting once more would say the same, later."""
+
+
+class Formed(NamedTuple):
+    """Where an answer was formed: by this replica, in this reign of it."""
+
+    held: Held
+    reign: int
+
+    async def released(self) -> None:
+        """Wait until all that the replica has appended so far is committed.
+
+        Raises:
+            Retryable: NOT_PRIMARY, NOT_ENOUGH_REPLICAS.
+        """
+        await self.held.released(self.held.partition.log.lsn, self.reign)
 
 
 class DataPlane:
@@ -117,7 +135,7 @@ class DataPlane:
         self,
         requests: AsyncIterator[Framed[H]],
         gathering: Gathering[H],
-        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Held, Outcome]]],
+        handle: Callable[[Held, int, Incoming[H]], Awaitable[Outcome]],
     ) -> Sequence[ps.PartitionOutcome]:
         """Handle each partition as soon as its last frame is here."""
         client = 0
@@ -153,21 +171,24 @@ class DataPlane:
         self,
         client: int,
         incoming: Incoming[H],
-        handle: Callable[[int, Incoming[H]], Awaitable[tuple[Held, Outcome]]],
+        handle: Callable[[Held, int, Incoming[H]], Awaitable[Outcome]],
     ) -> ps.PartitionOutcome:
         """One partition's answer; never raises."""
         answer = ps.PartitionOutcome(partition=incoming.first.partition)
+        formed: Formed | None = None
         try:
-            held, outcome = await handle(client, incoming)
+            held = await self.find(incoming.first.partition, incoming.first.epoch)
+            formed = Formed(held, held.replica.reign)
+            outcome = await handle(held, client, incoming)
             partition = held.partition
             answer.lsn, answer.duplicate = outcome.lsn, outcome.duplicate
             answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
-            await held.released(partition.log.lsn)  # also what it says of steps must be in every log
+            await formed.released()  # also what it says of steps must be in every log
             self._counters.duplicates += outcome.duplicate
         except Exception as error:
             answer.Clear()
             answer.partition = incoming.first.partition
-            answer.error.CopyFrom(await self._refusal(error, answer.partition))
+            answer.error.CopyFrom(await self.refusal(error, formed, answer.partition))
             seen = self._shards.held.get(answer.partition)
             if seen is not None and seen.replica.serving:
                 answer.epoch, answer.applied_step = seen.partition.epoch, seen.partition.applied_step
@@ -175,27 +196,30 @@ class DataPlane:
             self._in_flight.give(incoming.nbytes)
         return answer
 
-    async def _refusal(self, error: Exception, partition: int) -> pb.ErrorDetail:
-        """A refusal that leaned on what is not committed yet waits for it, like any answer."""
-        held = self._shards.held.get(partition)
-        if held is not None and held.replica.role is Role.PRIMARY:
+    async def refusal(self, error: Exception, formed: Formed | None, partition: int) -> pb.ErrorDetail:
+        """A refusal as it travels: what leans on records that are not committed waits for them, like any answer.
+
+        Args:
+            error: the refusal.
+            formed: by which replica; None: it was refused before any was asked.
+            partition: for people.
+        """
+        if formed is not None and getattr(error, "reason", "") not in _OF_RELEASE:
             try:
-                await held.released(held.partition.log.lsn)
+                await formed.released()
             except ParameshError as newer:
                 error = newer
         return self.detail(error, f"partition {partition}")
 
-    async def _cut_short(self, client: int, incoming: Incoming[Any]) -> tuple[Held, Outcome]:
+    async def _cut_short(self, held: Held, client: int, incoming: Incoming[Any]) -> Outcome:
         """Refuse what has no last frame, changing nothing: no NOOP either.
 
         gRPC may end the requests as if the caller had finished when it went away in the
         middle; it sends the same seq again, whole.
         """
-        await self.find(incoming.first.partition, incoming.first.epoch)
         raise refuse("MISSING_FIELD", "the stream ended before the partition's last frame", field="last")
 
-    async def _push(self, client: int, incoming: Incoming[ps.PushHeader]) -> tuple[Held, Outcome]:
-        held = await self.find(incoming.first.partition, incoming.first.epoch)
+    async def _push(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         held.check_writable()
         kind = incoming.first.WhichOneof("key")
         if kind == "staged":
@@ -205,7 +229,7 @@ class DataPlane:
         else:
             raise refuse("MISSING_FIELD", "a push is staged or sequenced; the first frame says neither", field="key")
         self._counters.pushes += not outcome.duplicate
-        return held, outcome
+        return outcome
 
     async def _stage(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, first = held.partition, incoming.first
@@ -239,15 +263,13 @@ class DataPlane:
             if not await held.changed(deadline - time.monotonic()):
                 raise refuse("SEQ_GAP", f"seq {update.seq} came, an earlier one of client {client} did not")
 
-    async def _assign(self, client: int, incoming: Incoming[ps.AssignHeader]) -> tuple[Held, Outcome]:
+    async def _assign(self, held: Held, client: int, incoming: Incoming[ps.AssignHeader]) -> Outcome:
         first = incoming.first
-        held = await self.find(first.partition, first.epoch)
         if incoming.error is not None:
             raise incoming.error
         held.check_writable()
         writes = await held.compute(partial(writes_of, incoming))
-        outcome = await held.lead(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
-        return held, outcome
+        return await held.lead(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
 
     # Norms, Inspect, Fence.
 
@@ -258,13 +280,16 @@ class DataPlane:
         return ps.NormsResponse(norms=norms)
 
     async def _norm(self, asked: ps.PartitionPull, request: ps.NormsRequest) -> ps.PartitionNorm:
+        formed: Formed | None = None
         try:
             held = await self.find(asked.partition, asked.epoch)
+            formed = Formed(held, held.replica.reign)
             value = await held.lead(lambda: held.partition.norm(list(request.committed)))
-            await held.released(held.partition.log.lsn)
+            await formed.released()
             return ps.PartitionNorm(partition=asked.partition, squared_norm=value)
         except Exception as error:
-            return ps.PartitionNorm(partition=asked.partition, error=self.detail(error, f"partition {asked.partition}"))
+            detail = await self.refusal(error, formed, asked.partition)
+            return ps.PartitionNorm(partition=asked.partition, error=detail)
 
     async def Inspect(self, request: ps.InspectRequest, context: grpc.aio.ServicerContext) -> ps.InspectResponse:
         """What the partitions of this process are at. Those that are not here are left out."""
@@ -288,8 +313,9 @@ class DataPlane:
         done = 0
         for held in list(self._shards.held.values()):
             with _unless_gone():
+                formed = Formed(held, held.replica.reign)
                 await held.lead(partial(_on, held, forbid), inline=True)
-                await held.released(held.partition.log.lsn)
+                await formed.released()
                 done += 1
         return done
 

@@ -166,14 +166,18 @@ class Slot:
         # The event of now, not that of when a task gets to run: what moves in between would be missed.
         return _within(self._moved, timeout)
 
-    async def released(self, lsn: int) -> None:
+    async def released(self, lsn: int, reign: int) -> None:
         """Wait until a record is in the log of every replica that may be in sync.
+
+        Args:
+            lsn: the last record that an answer reflects.
+            reign: `replica.reign` from before the answer was formed.
 
         Raises:
             Retryable: NOT_PRIMARY, if this replica is deposed meanwhile: its answer may be
                 wrong; NOT_ENOUGH_REPLICAS after `RELEASE_S`, naming who is waited for.
         """
-        deadline, reign = time.monotonic() + RELEASE_S, self.replica.reign
+        deadline = time.monotonic() + RELEASE_S
         while True:
             self.check_primary()
             if self.replica.reign != reign:  # deposed and promoted again: that record may be another one now

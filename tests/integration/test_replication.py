@@ -155,7 +155,7 @@ async def _append_without_followers(slot: Slot) -> str:
     acked, insync.acked = insync.acked, lambda *_: None  # type: ignore[method-assign]
     try:
         lsn = await slot.lead(slot.replica.machine.mark)
-        waiting = asyncio.ensure_future(slot.released(lsn))
+        waiting = asyncio.ensure_future(slot.released(lsn, slot.replica.reign))
         done, _ = await asyncio.wait({waiting}, timeout=0.3)
         waiting.cancel()
         return "released" if done else "not released"

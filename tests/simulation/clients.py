@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ PASSING = ("UNREACHABLE", "DEADLINE", "PARTITION_OFFLINE", "NOT_ENOUGH_REPLICAS"
 CALL_S = 3.0
 
 
-class Client:
+class Client(abc.ABC):
     """A registered client with a map: `AsyncClient` and `Delivery`."""
 
     def __init__(self, world: World, name: str) -> None:
@@ -51,9 +52,9 @@ class Client:
             raise Violation(f"17: {self.name} got {error!r}") from error
         self.finished = True
 
+    @abc.abstractmethod
     async def live(self) -> None:
         """What it does."""
-        raise NotImplementedError
 
     async def register(self) -> None:
         """Become a new client."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from paramesh.errors import ParameshError, refuse
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.reads import FLOOR_S
-from paramesh_server.replica import Role
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.servicer import GAP_S
 from paramesh_server.staging import Contribution
@@ -69,22 +68,22 @@ class DataPlane:
 
     async def push(self, request: Push) -> Answer:
         """One partition's outcome, released like any answer."""
+        slot = await self.find(request.partition, request.epoch)
+        reign = slot.replica.reign
         try:
-            slot = await self.find(request.partition, request.epoch)
             outcome = await self._push(slot, request)
             partition = slot.partition
             answer = Answer(outcome.lsn, partition.epoch, partition.applied_step, outcome.duplicate)
-            await slot.released(partition.log.lsn)
+            await slot.released(partition.log.lsn, reign)
         except ParameshError as error:
-            raise await self._refusal(error, request.partition) from None
+            raise await self._refusal(error, slot, reign) from None
         self.world.checks.answered(slot, request, answer)
         return answer
 
-    async def _refusal(self, error: ParameshError, number: int) -> ParameshError:
-        slot = self.held.get(number)
-        if slot is not None and slot.replica.role is Role.PRIMARY:
+    async def _refusal(self, error: ParameshError, slot: Slot, reign: int) -> ParameshError:
+        if error.reason not in ("NOT_PRIMARY", "NOT_ENOUGH_REPLICAS"):
             try:
-                await slot.released(slot.partition.log.lsn)
+                await slot.released(slot.partition.log.lsn, reign)
             except ParameshError as newer:
                 return newer
         return error
@@ -116,11 +115,15 @@ class DataPlane:
     async def pull(self, request: Pull) -> Answer:
         """One partition's values at one point of its log."""
         slot = await self.find(request.partition, request.epoch)
-        if request.step is not None:
-            answer = await slot.lead(lambda: self._at_step(slot, request))
-        else:
-            answer = await self._above_floor(slot, request)
-        await slot.released(answer.lsn)
+        reign = slot.replica.reign
+        try:
+            if request.step is not None:
+                answer = await slot.lead(lambda: self._at_step(slot, request))
+            else:
+                answer = await self._above_floor(slot, request)
+            await slot.released(answer.lsn, reign)
+        except ParameshError as error:
+            raise await self._refusal(error, slot, reign) from None
         return answer
 
     def _at_step(self, slot: Slot, request: Pull) -> Answer:
@@ -161,8 +164,9 @@ class DataPlane:
         done = 0
         for slot in list(self.held.values()):
             try:
+                reign = slot.replica.reign
                 await slot.lead(lambda slot=slot: [slot.partition.fence(client) for client in clients])
-                await slot.released(slot.partition.log.lsn)
+                await slot.released(slot.partition.log.lsn, reign)
                 done += 1
             except ParameshError as error:
                 if error.reason != "NOT_PRIMARY":

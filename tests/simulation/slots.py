@@ -86,10 +86,10 @@ class Slot:
     async def stirred(self, timeout: float) -> None:
         await self.server.kernel.wait(self._moved.next, timeout)
 
-    async def released(self, lsn: int) -> None:
+    async def released(self, lsn: int, reign: int) -> None:
         """The output commit: no answer leaves before its records are everywhere."""
         kernel = self.server.kernel
-        deadline, reign = kernel.now + RELEASE_S, self.replica.reign
+        deadline = kernel.now + RELEASE_S
         while True:
             self.check_primary()
             if self.replica.reign != reign:

@@ -30,7 +30,7 @@ def routes(version: int, online: bool, live: tuple[str, ...] = ()) -> Routes:
 
 def client(first: Routes) -> Delivery:
     """What delivers, without a coordinator: maps are given to it."""
-    made = Delivery(CoordinatorLink("127.0.0.1:1", "default"))
+    made = AsyncClient(CoordinatorLink("127.0.0.1:1", "default"), co.RegisterClientResponse(client_id=1))
     made.link.set_map(first)
     return made
 

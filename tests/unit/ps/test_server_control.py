@@ -13,6 +13,7 @@ from paramesh.errors import ParameshError, refuse
 from paramesh.retry import Backoff
 from paramesh.routing import Routes, cut
 from paramesh.v1 import coordinator_pb2 as co
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server import placement
@@ -262,5 +263,24 @@ def test_clients_that_died_are_fenced_in_partitions_made_later_too() -> None:
         await node.control.Fence(fence(1, 9), CONTEXT)
         await node.follow(routes(2, [ME, ME]))
         assert node.shards.held[1].partition.dedup.fenced(9)
+
+    on_loop(test)
+
+
+def test_a_ledger_promoted_again_before_a_map_deposed_it_has_one_service() -> None:
+    """A follower's refusal deposed it: its old service must not go on beside the new one."""
+
+    async def test() -> None:
+        node = Node(SPEC)
+        await node.follow(routes(1, [ME]))
+        before = await node.ledger.service()
+        assert node.ledger.slot is not None
+        node.ledger.slot.replica.heed(2)
+        await node.follow(routes(2, [ME], epoch=3))
+        after = await node.ledger.service()
+        assert after is not before
+        request = lg.LedgerStatusRequest(request=header("job", 1))
+        assert await reason(before.LedgerStatus(request, CONTEXT)) == "NOT_PRIMARY"
+        await after.LedgerStatus(request, CONTEXT)
 
     on_loop(test)

@@ -45,7 +45,7 @@ def test_an_answer_waits_for_every_replica_that_may_be_in_sync() -> None:
         held = leading(ME, OTHER)
         values = value_writes(held.partition.layout, random_gradients(held.partition.layout, 1))
         outcome = await held.lead(lambda: held.partition.assign(5, 1, values, 1))
-        waiting = asyncio.ensure_future(held.released(outcome.lsn))
+        waiting = asyncio.ensure_future(held.released(outcome.lsn, held.replica.reign))
         done, _ = await asyncio.wait({waiting}, timeout=0.05)
         assert not done
         held.replica.insync.acked(OTHER, outcome.lsn, 0.0)
@@ -59,7 +59,7 @@ def test_a_deposed_primary_releases_nothing() -> None:
     async def test() -> None:
         held = leading(ME, OTHER)
         lsn = await held.lead(held.partition.mark)
-        waiting = asyncio.ensure_future(held.released(lsn))
+        waiting = asyncio.ensure_future(held.released(lsn, held.replica.reign))
         await asyncio.sleep(0)
         held.replica.heed(2)
         held.stir()
@@ -75,7 +75,7 @@ def test_an_answer_of_an_earlier_reign_is_not_released_in_the_next() -> None:
     async def test() -> None:
         held = leading(ME, OTHER)
         lsn = await held.lead(held.partition.mark)
-        waiting = asyncio.ensure_future(held.released(lsn))
+        waiting = asyncio.ensure_future(held.released(lsn, held.replica.reign))
         await asyncio.sleep(0)
         held.replica.heed(2)
         held.replica.promise(3)
