@@ -58,7 +58,7 @@ def tally(desk: Desk) -> None:
     """Count samples over epochs.
 
     Args on the desk (with defaults): length 64, batch 4, epochs 2, mode "sync",
-    staleness 4, every 1, num_workers 0, seconds 0 (of computing per step; a number, or one
+    staleness 4, every 1, backup_workers 0, num_workers 0, seconds 0 (of computing per step; a number, or one
     per worker), first 0 (more for the first step), wait_at (a step that waits for the gate
     "go", while others go on), waiter (index of the only worker that waits), stop_at (a gate: once
     it is open, the loop ends early), validate (index of the worker that validates after each
@@ -94,7 +94,7 @@ def tally(desk: Desk) -> None:
 
 
 def _mode(args: dict[str, Any]) -> dict[str, Any]:
-    names = {"ssp": ["staleness"], "local": ["every"]}.get(args["mode"], [])
+    names = {"ssp": ["staleness"], "local": ["every"], "sync": ["backup_workers"]}.get(args["mode"], [])
     return {"mode": args["mode"], **{name: args[name] for name in names if name in args}}
 
 

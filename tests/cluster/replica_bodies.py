@@ -23,13 +23,16 @@ from paramesh.errors import ParameshError
 from paramesh.io import IoThread
 from torch import nn
 
-from tests.cluster.bodies import digest
+from tests.cluster.bodies import Numbers, Tally, digest
 from tests.cluster.desk import Desk
 
 CELLS = 64
 """Per table; every pusher has `OWN` of them for itself."""
 
 OWN = 16
+
+COUNTERS = "counts-"
+"""What the names of tables of counts begin with."""
 
 TICK = 0.02
 """Seconds between two looks of a waiting coroutine: the poll of `waiting.py`, on an event loop."""
@@ -102,6 +105,46 @@ def _pull_in_halves(desk: Desk, step: int, later: set[int]) -> None:
     client.pull = pull
 
 
+def torn(desk: Desk) -> None:
+    """Count samples twice, in tables of their own on two partitions, on arrival; one push can be torn.
+
+    Args on the desk: length, seconds, tear_at (a step of worker 1's first life whose push reaches
+    one partition and waits for the gate "never" before the other).
+
+    Emits: "torn" (samples, partition: that has them), "step" (samples) when one is begun, "final".
+    """
+    args = desk.args
+    both = nn.ModuleList([Tally(args["length"]), Tally(args["length"])])
+    loader = paramesh.DataLoader(Numbers(args["length"]), batch_size=4, shuffle=True, seed=3)
+    groups = [{"params": list(one.parameters())} for one in both]
+    optimizer = paramesh.DistributedOptimizer(torch.optim.SGD(groups, lr=1.0), both, loss_reduction="sum", mode="async")
+    for step, batch in enumerate(loader):
+        optimizer.zero_grad()
+        desk.emit("step", samples=batch.tolist())
+        (both[0](batch) + both[1](batch)).backward()
+        time.sleep(args["seconds"])  # stands for computing
+        if step == args["tear_at"] and desk.index == 1 and desk.incarnation == 0:
+            _tear_next_push(desk, batch.tolist())
+        optimizer.step()
+    desk.emit("final")
+
+
+def _tear_next_push(desk: Desk, samples: list[int]) -> None:
+    """Let this client's next push reach its first partition and no other."""
+    session = sessions.current()
+    assert session is not None
+    client, whole = session.client, session.client.push_sequenced
+
+    async def push(contributions: Mapping[int, Encoded], *more: Any, **how: Any) -> Any:
+        first = min(contributions)
+        await whole({first: contributions[first]}, *more, **how)
+        desk.emit("torn", samples=samples, partition=first)
+        while not desk.is_open("never"):  # noqa: ASYNC110 - a gate is a file
+            await asyncio.sleep(TICK)
+
+    client.push_sequenced = push
+
+
 def one_unit(partition: int, cell: int) -> dict[int, Encoded]:
     """The gradient that adds one to a cell, with SGD at lr 1."""
     gradient = torch.zeros(CELLS, dtype=torch.float64)
@@ -112,7 +155,12 @@ def one_unit(partition: int, cell: int) -> dict[int, Encoded]:
 def make_counters(client: Client, tables: int) -> None:
     """Tables of counts, one partition each."""
     for number in range(tables):
-        client.create_table(f"t{number}", {"w": torch.zeros(CELLS, dtype=torch.float64)}, "SGD", {"lr": 1.0})
+        client.create_table(f"{COUNTERS}{number}", {"w": torch.zeros(CELLS, dtype=torch.float64)}, "SGD", {"lr": 1.0})
+
+
+def counters(client: Client) -> list[str]:
+    """The tables that `make_counters` made; beside them a job may train."""
+    return [name for name in client.tables() if name.startswith(COUNTERS)]
 
 
 def push(desk: Desk) -> None:
@@ -128,7 +176,7 @@ def push(desk: Desk) -> None:
     address = os.environ["PARAMESH_COORDINATOR"]
     with contextlib.ExitStack() as stack:
         tool = stack.enter_context(paramesh.connect(address))
-        partitions = [tool._client.routes.partitions_of(name)[0] for name in tool.tables()]
+        partitions = [tool._client.routes.partitions_of(name)[0] for name in counters(tool)]
         # One client each: an update of unknown outcome ends a client, and one partition's loss is not the others'.
         pushers = {p: _Pusher(desk, stack.enter_context(paramesh.connect(address)), p) for p in partitions}
         IoThread.get().run(_push_all(desk, pushers), 600, "the pushers")

@@ -11,7 +11,7 @@ from paramesh.v1 import types_pb2 as pb
 
 from tests.cluster import inspection
 from tests.cluster.handle import ClusterHandle, WorkerHandle
-from tests.cluster.replica_bodies import OWN, make_counters
+from tests.cluster.replica_bodies import OWN, counters, make_counters
 
 TRAIN = "tests.cluster.replica_bodies:train"
 PUSH = "tests.cluster.replica_bodies:push"
@@ -92,7 +92,7 @@ class Account:
 def account(cluster: ClusterHandle, pushers: list[WorkerHandle]) -> Account:
     """Compare every cell with what was acknowledged to its pusher; the pushers have stopped."""
     with paramesh.connect(cluster.coordinator_address) as client:
-        parts = [account_of(client, name, pusher) for name in client.tables() for pusher in pushers]
+        parts = [account_of(client, name, pusher) for name in counters(client) for pusher in pushers]
     acked, lost, duplicated = (sum(column) for column in zip(*parts, strict=True))
     return Account(acked, lost, duplicated, sum(len(w.events("below")) for w in pushers))
 

@@ -24,7 +24,7 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from tests.cluster import inspection, replication
 from tests.cluster.handle import WorkerHandle
 from tests.cluster.processes import ProcessCluster
-from tests.cluster.replica_bodies import make_counters, one_unit
+from tests.cluster.replica_bodies import COUNTERS, make_counters, one_unit
 from tests.cluster.replication import Row
 from tests.faults.proxy import Proxy
 
@@ -162,7 +162,7 @@ def one_table(cluster, clients: list[AsyncClient], proxy_of=None) -> tuple[Async
     """A client with one table of counts, and its partition."""
     with paramesh.connect(cluster.coordinator_address) as tool:
         make_counters(tool, 1)
-        (partition,) = tool._client.routes.partitions_of("t0")
+        (partition,) = tool._client.routes.partitions_of(f"{COUNTERS}0")
     client = IoThread.get().run(AsyncClient.connect(cluster.coordinator_address, role="tool"), 30, "a client")
     clients.append(client)
     return client, partition
@@ -171,7 +171,7 @@ def one_table(cluster, clients: list[AsyncClient], proxy_of=None) -> tuple[Async
 def counts(cluster) -> list[float]:
     """The table's cells."""
     with paramesh.connect(cluster.coordinator_address) as tool:
-        return tool.pull("t0")["w"].tolist()
+        return tool.pull(f"{COUNTERS}0")["w"].tolist()
 
 
 @SIZES
