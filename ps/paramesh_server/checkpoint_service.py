@@ -222,9 +222,9 @@ class CheckpointControl:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    def close(self) -> None:
-        """What is being written is finished; nothing begins any more."""
-        self._disk.shutdown(wait=True, cancel_futures=True)
+    async def close(self) -> None:
+        """What is being written is finished, and the loop goes on meanwhile; nothing begins any more."""
+        await asyncio.to_thread(self._disk.shutdown, wait=True, cancel_futures=True)
 
 
 def _groups(cut: LedgerCut) -> list[cp.CutGroup]:

@@ -278,7 +278,7 @@ class ParameterServer:
         await self._handover.close()
         await self._outbound.close()
         await self._placement.close()
-        self._checkpoints.close()
+        await self._checkpoints.close()
         await self._link.close()
         if self._metrics is not None:
             self._metrics.shutdown()
