@@ -107,6 +107,21 @@ def account_of(client: Client, table: str, pusher: WorkerHandle) -> tuple[int, i
     return sum(counts), lost, sum(max(0, there - count) for count, there in zip(counts, found, strict=True))
 
 
+def compare_where_online(cluster: ClusterHandle, pushers: list[WorkerHandle], found: dict[int, Row]) -> None:
+    """Of partitions that are online every acknowledged push is there; of the others clients were told."""
+    for pusher in pushers:
+        failed = {e["partition"]: e["reason"] for e in pusher.events("failed")}
+        assert set(failed.values()) <= {"PARTITION_OFFLINE"}, failed
+        online = {p for p, row in found.items() if row.online and p}
+        assert set(failed).isdisjoint(online), "a partition that is online failed its client"
+    with paramesh.connect(cluster.coordinator_address) as client:
+        for name in counters(client):
+            (partition,) = client._client.routes.partitions_of(name)
+            if found[partition].online:
+                one = [account_of(client, name, pusher) for pusher in pushers]
+                assert all(lost == doubled == 0 for _, lost, doubled in one), (name, one)
+
+
 def recoveries(
     pushers: list[WorkerHandle], before: dict[int, Row], partitions: list[int], since: float = 0.0
 ) -> dict[int, dict[str, Any]]:

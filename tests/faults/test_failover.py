@@ -96,59 +96,6 @@ def test_three_servers_killed_and_started_again_one_after_the_other(process_clus
     settle(cluster, pushers)
 
 
-@pytest.mark.parametrize("after", [pytest.param("as a learner", marks=pytest.mark.soak), "in sync"])
-def test_a_primary_killed_just_after_a_follower_attached_loses_nothing_silently(process_cluster, after):
-    """Row 1b: Redis elected such a follower empty and lost all. Here: the old data, or OFFLINE."""
-    cluster = process_cluster(servers=2, replicas=2)
-    pushers = replication.start_pushers(cluster)
-    replication.wait_until_in_sync(cluster, 2)
-    cluster.kill("server-1")
-    cluster.wait_until(
-        lambda: all(row.primary == "server-0" and row.online for row in replication.rows(cluster).values()),
-        BOUND,
-        "the other server to lead everything",
-    )
-    led = list(replication.rows(cluster))
-    cluster.restart("server-1")
-
-    def attached() -> bool:
-        found = [
-            row.learners if after == "as a learner" else row.followers for row in replication.rows(cluster).values()
-        ]
-        return any("server-1" in names for names in found)
-
-    cluster.wait_until(attached, 60, f"the new follower {after}")
-    cluster.kill("server-0")
-    cluster.wait_until(lambda: all(decided(row) for row in replication.rows(cluster).values()), BOUND, "the verdict")
-    after_rows = replication.rows(cluster)
-    offline = [p for p in led if not after_rows[p].online]
-    print(f"after={after!r} offline={offline} of={led}")
-    for pusher in pushers:
-        pusher.open_gate("stop")
-    cluster.wait_until(lambda: all(w.exit_code is not None or w.events("acked") for w in pushers), 60, "the pushers")
-    compare_where_online(cluster, pushers, after_rows)
-
-
-def decided(row: Row) -> bool:
-    """Whether a partition has another primary than the one that was killed, or is offline."""
-    return not row.online or row.primary != "server-0"
-
-
-def compare_where_online(cluster, pushers, found: dict[int, Row]) -> None:
-    """Of partitions that are online every acknowledged push is there; of the others clients were told."""
-    for pusher in pushers:
-        failed = {e["partition"]: e["reason"] for e in pusher.events("failed")}
-        assert set(failed.values()) <= {"PARTITION_OFFLINE"}, failed
-        online = {p for p, row in found.items() if row.online and p}
-        assert set(failed).isdisjoint(online), "a partition that is online failed its client"
-    with paramesh.connect(cluster.coordinator_address) as client:
-        for name in client.tables():
-            (partition,) = client._client.routes.partitions_of(name)
-            if found[partition].online:
-                one = [replication.account_of(client, name, pusher) for pusher in pushers]
-                assert all(lost == doubled == 0 for _, lost, doubled in one), (name, one)
-
-
 @pytest.fixture
 def own_client() -> Iterator[list[AsyncClient]]:
     """Clients of the test's own process, closed with it."""
@@ -280,7 +227,7 @@ def test_a_partition_whose_two_servers_are_killed_is_offline_within_5_seconds(pr
     for pusher in pushers:
         pusher.open_gate("stop")
     cluster.wait_until(lambda: all(w.events("acked") for w in pushers), 60, "the pushers to stop")
-    compare_where_online(cluster, pushers, found)
+    replication.compare_where_online(cluster, pushers, found)
 
 
 def wait_seconds(cluster, seconds: float) -> None:
