@@ -18,6 +18,7 @@ from paramesh_coordinator import psctl
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BACKTICKS = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 
 
@@ -116,6 +117,41 @@ def test_every_reason_has_a_remedy_and_no_remedy_lacks_its_reason() -> None:
     module = generator()
     assert all(module.remedy(name) for name in errors.REASONS)
     assert set(module.REMEDIES) <= set(errors.REASONS)
+
+
+def _kinds(node: ast.expr) -> list[str]:
+    """The kinds of event that an expression may be, as patterns."""
+    match node:
+        case ast.Constant(value=str(kind)):
+            return [kind]
+        case ast.IfExp(body=body, orelse=orelse):
+            return _kinds(body) + _kinds(orelse)
+        case ast.JoinedStr(values=values):
+            return ["".join(v.value if isinstance(v, ast.Constant) else "[a-z]+" for v in values)]
+    return []  # a name: bound to one of the others, below
+
+
+def event_kinds() -> set[str]:
+    """Patterns of all kinds of event that the coordinator may write."""
+    found: set[str] = set()
+    for source in (ROOT / "coordinator").rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="audit" | "_audit") | ast.Name(id="Change"), args=[first, *_]):
+                    found.update(_kinds(first))
+                case ast.Assign(targets=[ast.Name(id="kind")], value=value):
+                    found.update(_kinds(value))
+    return found
+
+
+def test_the_playbook_has_every_event_and_no_other() -> None:
+    table = (ROOT / "docs" / "playbook.md").read_text(encoding="utf-8").split("## What the events mean")[1]
+    told = {
+        name for line in table.splitlines() if line.startswith("| `") for name in BACKTICKS.findall(line.split("|")[1])
+    }
+    written = event_kinds()
+    assert {kind for kind in written if not any(re.fullmatch(kind, name) for name in told)} == set()
+    assert {name for name in told if not any(re.fullmatch(kind, name) for kind in written)} == set()
 
 
 def test_reasons_and_classes_that_the_docs_name_exist() -> None:
