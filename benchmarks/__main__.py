@@ -13,7 +13,9 @@ from benchmarks.workload import parse_sizes
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; exit 1 if its parameters did not end right."""
     arguments = _parser().parse_args(argv)
-    benchmarks = {"dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "limits": _limits}
+    benchmarks = {
+        "dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "grow": _grow, "limits": _limits,
+    }  # fmt: skip
     result = benchmarks[arguments.benchmark](arguments)
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -47,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     moves.add_argument("--replicas", default="1,2", help="such as 1,2; at most 2 of 3 servers")
     moves.add_argument("--partitions", type=int, default=6)
     moves.add_argument("--mib", type=float, default=1.0, help="size of a partition's values")
+    grow = commands.add_parser("grow", parents=[common], help="a server added under load, real processes")
+    grow.add_argument("--mib", type=float, default=256.0, help="size of the model's values")
+    grow.add_argument("--partitions", type=int, default=16)
+    grow.add_argument("--replicas", default="1,2", help="such as 1,2")
     commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
     commands.add_parser("limits", parents=[common], help="the machine's limits only")
     return parser
@@ -71,6 +77,13 @@ def _moves(arguments: argparse.Namespace) -> dict[str, Any]:
 
     replicas = [int(count) for count in arguments.replicas.split(",")]
     return moves.run(arguments.moves, arguments.loads.split(","), replicas, arguments.partitions, arguments.mib)
+
+
+def _grow(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import grow
+
+    replicas = [int(count) for count in arguments.replicas.split(",")]
+    return grow.run(arguments.mib, arguments.partitions, replicas)
 
 
 def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def train(plan: dict[str, Any], stopped: Callable[[], bool], out: IO[str]) -> No
     import paramesh
 
     model = torch.nn.ParameterList(torch.zeros(plan["elements"]) for _ in range(plan["partitions"]))
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = paramesh.DistributedOptimizer(sgd, model, partition_bytes=plan["elements"] * 4)
+    momentum = plan.get("momentum", 0.0)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+    optimizer = paramesh.DistributedOptimizer(inner, model, partition_bytes=plan["elements"] * 4)
     for parameter in model:
         parameter.grad = torch.full_like(parameter, -1.0)
     steps = 0
@@ -68,6 +69,9 @@ def train(plan: dict[str, Any], stopped: Callable[[], bool], out: IO[str]) -> No
     while not (steps % 16 == 0 and paramesh.mean(float(stopped())) > 0):
         optimizer.step()
         steps += 1
+        if momentum == 1.0 and steps == 1:  # it keeps the first gradient for ever: every step still adds one
+            for parameter in model:
+                parameter.grad = torch.zeros_like(parameter)
         out.write(json.dumps({"p": -1, "t": time.monotonic()}) + "\n")
     right = all(bool((parameter == float(steps)).all()) for parameter in model)
     out.write(json.dumps({"p": -1, "pushes": steps, "right": right}) + "\n")

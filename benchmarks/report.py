@@ -24,6 +24,9 @@ def show(benchmark: str, result: dict[str, Any]) -> None:
     if benchmark == "moves":
         _show_moves(console, result)
         return
+    if benchmark == "grow":
+        _show_plain(console, "A third server is added", result["rows"])
+        return
     _show_limits(console, result["limits"])
     if benchmark == "dense":
         _show_dense(console, result)
@@ -39,6 +42,15 @@ def _show_moves(console: Console, result: dict[str, Any]) -> None:
         keys = ["load", "replicas", "moves", "cancelled", "gap_p50_ms", "gap_p99_ms", "gap_max_ms", "quiet_p50_ms",
                 "quiet_p99_ms", "move_p50_ms", "failed", "writes"]  # fmt: skip
         table.add_row(*(str(row[key]) for key in keys), "right" if row["right"] else "[red]WRONG[/red]")
+    console.print(table)
+
+
+def _show_plain(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
     console.print(table)
 
 

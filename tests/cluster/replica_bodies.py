@@ -166,7 +166,7 @@ def counters(client: Client) -> list[str]:
 def push(desk: Desk) -> None:
     """Push one unit after the other to every table, one pusher and one reader per partition, until "stop".
 
-    Args on the desk: pace 0.005 (seconds between a partition's pushes).
+    Args on the desk: pace 0.005 (seconds between a partition's pushes), deadline 600 (seconds).
 
     Emits: "running" when every partition has acknowledged; "epoch" at the first acknowledgement
     under each epoch (partition, epoch, began, gap: seconds since the one before); "stall" for
@@ -179,7 +179,7 @@ def push(desk: Desk) -> None:
         partitions = [tool._client.routes.partitions_of(name)[0] for name in counters(tool)]
         # One client each: an update of unknown outcome ends a client, and one partition's loss is not the others'.
         pushers = {p: _Pusher(desk, stack.enter_context(paramesh.connect(address)), p) for p in partitions}
-        IoThread.get().run(_push_all(desk, pushers), 600, "the pushers")
+        IoThread.get().run(_push_all(desk, pushers), desk.args.get("deadline", 600), "the pushers")
         desk.emit("acked", acked={p: one.acked for p, one in pushers.items()},
                   duplicates=sum(one.duplicates for one in pushers.values()))  # fmt: skip
 
