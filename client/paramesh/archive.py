@@ -23,7 +23,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from paramesh.errors import ParameshError, refuse
-from paramesh.files import MANIFEST, TEMPORARY, Draft, Folder, resolve
+from paramesh.failpoints import reach
+from paramesh.files import MANIFEST, TEMPORARY, Draft, Folder, resolve, vanish
 from paramesh.manifest import Entry, Fields, check_name, file_entries
 
 __all__ = ["FORMAT", "KIND", "Archive", "ClusterManifest", "GroupEntry", "PartitionEntry", "TableRecord"]
@@ -336,7 +337,9 @@ class Archive:
         return removed
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint: its manifest first, so that a half removed one does not exist.
+        """Remove a checkpoint: a half removed one does not exist, and `sweep` finds what is left of it.
+
+        On a local disk its name goes first, in one act; elsewhere its manifest.
 
         Raises:
             RequestRefused: PATH.
@@ -344,13 +347,20 @@ class Archive:
         """
         place = f"{self._place}/{check_name(name)}"
         self._url(name)
+        reach("checkpoint.remove.begun")
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(f"{place}/{MANIFEST}")
+            if self._local:
+                vanish(place)
+                place += TEMPORARY
+            else:
+                self._fs.rm(f"{place}/{MANIFEST}")
+        reach("checkpoint.remove.half")
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(place, recursive=True)
+        reach("checkpoint.remove.done")
 
     def sweep(self) -> list[str]:
-        """Remove what unfinished checkpoints of an ended coordinator left on a local disk."""
+        """Remove what unfinished checkpoints and removals of an ended coordinator left on a local disk."""
         stale = [name for name in self.names() if name.endswith(TEMPORARY)] if self._local else []
         for name in stale:
             with contextlib.suppress(OSError):

@@ -26,9 +26,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from paramesh.errors import ParameshError, refuse
+from paramesh.failpoints import reach
 from paramesh.manifest import MAX_BYTES, Entry, encode, file_entries, parse
 
-__all__ = ["MANIFEST", "TEMPORARY", "Draft", "Folder", "resolve", "write_file"]
+__all__ = ["MANIFEST", "TEMPORARY", "Draft", "Folder", "resolve", "vanish", "write_file"]
 
 MANIFEST = "MANIFEST.json"
 
@@ -86,19 +87,33 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         raise _refused(place, error) from error
 
 
+def vanish(place: str) -> None:
+    """Give a local folder the name of one that is not finished, durably: from here on it does not exist.
+
+    Raises:
+        OSError: the file system's.
+    """
+    _rename(place, place + TEMPORARY)
+    _sync_folder(os.path.dirname(place))
+
+
 # What touches a disk, one function each: tests stand in for a full disk or a lost power.
 
 
 def _put(fs: Any, place: str, chunks: Iterable[Any]) -> Entry:
     """Write a file and make it durable; never through a symbolic link."""
-    running, count = hashlib.sha256(), 0
+    running, count, name = hashlib.sha256(), 0, os.path.basename(place)
+    reach("checkpoint.file.begun", name)
     with _opened(fs, place, "wb") as file:
         for chunk in chunks:
             file.write(chunk)
             running.update(chunk)
             count += len(chunk)
+            reach("checkpoint.file.half", name)
+        reach("checkpoint.file.written", name)
         if isinstance(fs, LocalFileSystem):
             _sync_file(file)
+    reach("checkpoint.file.synced", name)
     return Entry(count, running.hexdigest())
 
 
@@ -222,9 +237,11 @@ class Draft:
 
     def _appear(self, *, replace: bool) -> None:
         _sync_folder(self._target)
+        reach("checkpoint.rename.begun")
         parent = os.path.dirname(self._place)
         if not os.path.lexists(self._place):
             _rename(self._target, self._place)
+            reach("checkpoint.rename.done")
             _sync_folder(parent)
         elif not replace:
             raise FileExistsError(errno.EEXIST, "exists already", self._place)

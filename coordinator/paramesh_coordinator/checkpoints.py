@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from paramesh.archive import Archive, ClusterManifest, GroupEntry, PartitionEntry, TableRecord, worker_file
 from paramesh.errors import ParameshError, refuse
+from paramesh.failpoints import reach
 from paramesh.files import Draft as FolderDraft
 from paramesh.manifest import Entry
 from paramesh.v1 import checkpoint_pb2 as cp
@@ -104,9 +105,12 @@ class Maker:
         draft = await asyncio.to_thread(self.archive.draft, self.name)
         try:
             await asyncio.to_thread(draft.begin)
+            reach("checkpoint.begun")
             manifest = await self._written(draft, parts, checkpoint)
             self.progress.phase = "committing"
+            reach("checkpoint.commit.begun")
             await asyncio.to_thread(self._commit, draft, manifest)
+            reach("checkpoint.commit.done")
             return dataclasses.replace(manifest, files=dict(self._entries))
         except BaseException:
             await asyncio.to_thread(draft.abort)
@@ -130,6 +134,7 @@ class Maker:
             self.progress.phase = "waiting for a step"
             mark = cp.MarkStepRequest(checkpoint=checkpoint)
             await self.calls.insist(self._primaries[LEDGER][0], "MarkStep", mark, WRITE_S)
+            reach("checkpoint.marked")
         ledger = (await self._write(draft, checkpoint, self.level, [LEDGER], STEP_S))[LEDGER]
         self.progress.phase = "writing"
         levels = self._levels(parts, ledger)
@@ -191,6 +196,7 @@ class Maker:
                     raise refuse("DEADLINE", f"{self.progress.phase} took more than {seconds:.0f} s: {error}") from None
             await asyncio.sleep(0.05)
         for done in answer.written:
+            reach("checkpoint.report.received", done.file)
             self._entries[done.file] = Entry(done.bytes, done.sha256.hex())
             self.progress.done += 1
         return {done.partition: done for done in answer.written}

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from paramesh import partition_file
 from paramesh.channel import grpc
 from paramesh.errors import refuse
+from paramesh.failpoints import reach
 from paramesh.files import Draft, Folder
 from paramesh.v1 import checkpoint_pb2 as cp
 from paramesh.v1 import types_pb2 as pb
@@ -99,6 +100,7 @@ class CheckpointControl:
         if known is not None:
             return known
         done = await (self._write_ledger(request) if number == LEDGER else self._write(number, request))
+        reach("checkpoint.report.begun", done.file)
         if self._checkpoint == request.checkpoint:
             self._written[number] = done
         return done
@@ -159,6 +161,7 @@ class CheckpointControl:
     async def DropCut(self, request: cp.DropCutRequest, context: Any) -> cp.DropCutResponse:
         """Forget a checkpoint."""
         self._check(request.request, request.term)
+        reach("checkpoint.cut.dropped")
         self._cuts.drop(request.checkpoint)
         if self._checkpoint == request.checkpoint:
             self._written = {}

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paramesh import failpoints
+
 from tests.cluster.desk import DeskReader
 from tests.cluster.handle import ClusterHandle, Unsupported, WorkerHandle
 from tests.cluster.waiting import wait_until
@@ -167,7 +169,13 @@ class ProcessCluster(ClusterHandle):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")}
         return clean | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                         "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1",
-                        MARK: str(self.directory)}  # fmt: skip
+                        failpoints.VARIABLE: f"@{self.directory}/failpoints", MARK: str(self.directory)}  # fmt: skip
+
+    def fail_at(self, *points: str) -> None:
+        """Have whoever comes to one of these places die there, or get its error (`paramesh.failpoints`); none: stop."""
+        temporary = self.directory / "failpoints.new"
+        temporary.write_text(",".join(points))
+        temporary.replace(self.directory / "failpoints")
 
     def start(self) -> None:
         self._launch("coordinator", self._coordinator_command())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import paramesh
+import torch
 from paramesh.client import Client
 from paramesh.v1 import types_pb2 as pb
 
@@ -146,6 +147,12 @@ def recoveries(
             if partition not in found or later[0]["t"] > found[partition]["t"]:
                 found[partition] = later[0]
     return found
+
+
+def values(cluster: ClusterHandle) -> dict[str, torch.Tensor]:
+    """Every tensor of every table, by name."""
+    with paramesh.connect(cluster.coordinator_address) as client:
+        return {name: value for table in client.tables() for name, value in client.pull(table).items()}
 
 
 def led_by(found: dict[int, Row], server: str, *, ledger: bool = False) -> list[int]:
