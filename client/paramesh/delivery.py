@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from paramesh.coordinator_link import CoordinatorLink
-from paramesh.errors import Action, ParameshError, PartitionOffline, refuse
+from paramesh.errors import Action, ParameshError, PartitionOffline, Retryable, refuse
 from paramesh.lanes.grpc_lane import GrpcLane
 from paramesh.ledger_client import LedgerClient
 from paramesh.retry import Backoff
@@ -110,6 +110,10 @@ class Delivery(abc.ABC):
                 left = min(self._patience(partition), deadline - time.monotonic())
                 if left <= 0:
                     raise
+            except Retryable:  # it is being loaded from a checkpoint
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
             await self.link.wait_for_map(version, left)
 
     async def _listed(self, partition: int, deadline: float) -> None:
@@ -184,7 +188,7 @@ class Delivery(abc.ABC):
         while pending and not groups:
             for partition in pending:
                 await self.primary(partition, deadline)
-            with contextlib.suppress(PartitionOffline):  # the map changed while another was waited for
+            with contextlib.suppress(PartitionOffline, Retryable):  # the map changed while another was waited for
                 groups = self.routes.by_server(pending)
 
         async def one(address: str, mine: list[int]) -> dict[int, R | ParameshError]:

@@ -23,9 +23,9 @@ from paramesh.v1.ledger_pb2 import (
 from paramesh_server.ledger_log import START, ActivitySet, Desk, EpochKey, Joined, Left, Started, require
 
 START_GATHER_FACTOR = 10
-"""Before step 0 every process builds its model and compiles, which takes seconds; a first
-step that went without a slow starter would make two runs of the same job differ. So members
-that were never active are waited for this many `gather_ms` there."""
+"""Before the first step, of a job or after a restore, every process builds its model and compiles,
+which takes seconds; a first step that went without a slow starter would make two runs of the same
+job differ. So members that were never active are waited for this many `gather_ms` there."""
 
 MAX_RANK = 65_535
 """Preferred ranks above this are ignored: nothing has that many workers, and a typing
@@ -77,6 +77,8 @@ class Members:
         self.version = 0
         """Counts changes of who takes part (joins, leaves, to and from IDLE). Volatile: only
         compared with itself."""
+        self._founders: frozenset[int] = frozenset()
+        """Who was there when the job started, anew or from a checkpoint. Volatile."""
         self._since: dict[int, float] = {}
         """Seconds at which each member's activity last changed. Volatile."""
         self._gone_at: dict[int, float] = {}
@@ -161,7 +163,8 @@ class Members:
     def gather_seconds(self, member: MemberState, first_step: bool) -> float:
         """How long a step waits for a BETWEEN member."""
         seconds = self._desk.config.gather_ms / 1000
-        return seconds * START_GATHER_FACTOR if first_step and not member.arrived else seconds
+        starting = first_step or member.client_id in self._founders
+        return seconds * START_GATHER_FACTOR if starting and not member.arrived else seconds
 
     # ------------------------------------------------------------------ deciding
 
@@ -244,6 +247,7 @@ class Members:
 
     def _apply_started(self, _: Started) -> None:
         self.state.started = True
+        self._founders = frozenset(self.state.members)
         self._desk.wake(START)
 
     def _apply_left(self, body: Left) -> None:

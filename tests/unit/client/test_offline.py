@@ -50,6 +50,23 @@ def test_a_server_that_is_heard_again_soon_was_not_lost():
     assert asyncio.run(main()) == 2
 
 
+def test_a_partition_that_is_being_restored_is_waited_for():
+    """A pull beside a restore ended in NOT_READY, "is being loaded", though nothing else was wrong."""
+
+    async def main() -> int:
+        restoring = routes(1, online=True, live=("a",)).map
+        restoring.partitions[0].state = pb.PARTITION_STATE_RESTORING
+        one = client(Routes(restoring))
+        waiting = asyncio.ensure_future(one.primary(0, time.monotonic() + 30))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        one.link.set_map(routes(2, online=True, live=("a",)))
+        _, epoch = await waiting
+        return epoch
+
+    assert asyncio.run(main()) == 2
+
+
 def test_a_partition_that_is_held_back_is_waited_for(monkeypatch):
     """While a live server has a complete copy, the coordinator gives it the partition in the end."""
     monkeypatch.setattr(delivery, "OFFLINE_S", 0.0)

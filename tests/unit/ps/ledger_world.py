@@ -21,6 +21,7 @@ from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as t
 from paramesh_server.ledger import Ledger, Record, Wait
 from paramesh_server.ledger_codec import decode_record, encode_record
+from paramesh_server.ledger_restore import renewed
 
 T = TypeVar("T")
 
@@ -100,6 +101,16 @@ class World:
         self.ledger, self.shadow = self.shadow, Ledger(t.JobConfig())
         self.shadow.replay(self.records)
         self.now += 1.0
+        self.ledger.serve(self._append, self.config, self.now)
+        self._replicate()
+
+    def restore(self) -> None:
+        """Go on as a new generation from a checkpoint of now."""
+        data = renewed(self.ledger.capture(), {})
+        self.ledger, self.shadow = Ledger(t.JobConfig()), Ledger(t.JobConfig())
+        for one in (self.ledger, self.shadow):
+            one.install(data)
+        self.records.clear()
         self.ledger.serve(self._append, self.config, self.now)
         self._replicate()
 

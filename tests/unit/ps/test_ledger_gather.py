@@ -17,6 +17,24 @@ def after_one_step(**config: int) -> World:
     return world
 
 
+def test_the_first_step_of_a_restored_job_waits_for_slow_starters_like_the_first_of_all() -> None:
+    """Whoever was quicker would train alone for a while, and the rest of the run would have other bits."""
+    world = after_one_step(start_workers=2)
+    world.restore()
+    world.join(11)
+    world.join(12)
+    world.active(11)
+    assert world.waits(11, 1) == (1,)
+    world.pass_time(19.0)
+    assert world.waits(11, 1) == (1,), "it loads its model: the gather of a start, not that of a pause"
+    world.active(12)
+    assert len(world.step(1, 11, 12).contributors) == 2
+    world.between(12)
+    world.waits(11, 2)
+    world.pass_time(2.0)
+    assert world.decided(11, 2).included
+
+
 def test_a_step_gathers_members_between_two_loaders() -> None:
     world = after_one_step()
     assert world.waits(1, 1) == (1,)
