@@ -27,14 +27,17 @@ from paramesh.failpoints import reach
 from paramesh.files import MANIFEST, TEMPORARY, Draft, Folder, resolve, vanish
 from paramesh.manifest import Entry, Fields, check_name, file_entries
 
-__all__ = ["FORMAT", "KIND", "Archive", "ClusterManifest", "GroupEntry", "PartitionEntry", "TableRecord"]
+__all__ = ["FORMAT", "KIND", "LATEST", "Archive", "ClusterManifest", "GroupEntry", "PartitionEntry", "TableRecord"]
 
 FORMAT = 1
 """Version of the layout of cluster checkpoints; raised when an older Paramesh could not read it."""
 
 KIND = "cluster"
 
-LEVELS = ("step", "partition")
+LATEST = "latest"
+"""Instead of a name: the newest checkpoint that is whole."""
+
+LEVELS = ("step", "partition", "aligned")
 
 PERIODIC = re.compile(r"checkpoint-([0-9]{6,15})")
 """Names that the cluster gives by itself."""
@@ -105,6 +108,8 @@ class ClusterManifest:
     groups: tuple[GroupEntry, ...]
     workers: tuple[str, ...] = ()
     """Keys of the workers' own state, as of the cut; their files are `worker-N.bin` in order."""
+    torn: tuple[int, ...] = ()
+    """Level aligned: clients that died in the middle of an update while it was made; some of it may be there."""
     files: Mapping[str, Entry] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -142,6 +147,7 @@ class ClusterManifest:
             partitions=tuple(_partition(f) for f in fields.objects("partitions", _keys(PartitionEntry))),
             groups=tuple(_group(f) for f in fields.objects("groups", _keys(GroupEntry))),
             workers=_texts(document.get("workers"), fields),
+            torn=_numbers(document.get("torn", []), fields),
             files=file_entries(document, where),
         )
         _check(made, fields)
@@ -172,6 +178,12 @@ def _keys(cls: type[Any]) -> frozenset[str]:
 def _texts(value: object, fields: Fields) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise fields.refuse("workers is not a list of strings")
+    return tuple(value)
+
+
+def _numbers(value: object, fields: Fields) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise fields.refuse("torn is not a list of client ids")
     return tuple(value)
 
 
@@ -266,6 +278,8 @@ class Archive:
         Raises:
             RequestRefused: PATH; or the name is taken.
         """
+        if name == LATEST:
+            raise refuse("PATH", f"{LATEST!r} means the newest checkpoint; choose another name", name=name)
         if self.exists(name):
             raise refuse("PATH", f"checkpoint {name!r} is there already; choose another name", name=name)
         return self.folder(name).draft()
@@ -312,6 +326,26 @@ class Archive:
             with contextlib.suppress(ParameshError):
                 found.append(dataclasses.replace(self.manifest(name), name=name))
         return sorted(found, key=lambda manifest: manifest.number)
+
+    def newest_whole(self) -> tuple[ClusterManifest, dict[str, str]]:
+        """The newest checkpoint of which every byte is there.
+
+        Returns:
+            Its manifest, and the newer ones that were passed over: name -> what is wrong.
+
+        Raises:
+            StateRefused: NOT_FOUND, there is none.
+        """
+        damaged: dict[str, str] = {}
+        for found in reversed(self.complete()):
+            try:
+                return dataclasses.replace(self.manifest(found.name, verify=True), name=found.name), damaged
+            except ParameshError as error:
+                damaged[found.name] = str(error)
+        raise refuse(
+            "NOT_FOUND",
+            f"{self.root} has no checkpoint that is whole" + "".join(f"; {problem}" for problem in damaged.values()),
+        )
 
     def next_number(self) -> int:
         """One more than any that was given here, also to those that were never finished."""

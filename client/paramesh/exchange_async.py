@@ -52,8 +52,11 @@ class AsyncExchange(Exchange):
         encoded = encode(self.tables, contribution, self.host)
         request = ledger_pb2.ClockRequest(group=self.group, finished=clock + 1, samples=contribution.samples)
         self.before_pull()
-        self.session.call(self._step_on_loop(request, encoded, as_messages(changes), contribution), f"clock {clock}")
+        step = self._step_on_loop(request, encoded, as_messages(changes), contribution)
+        answer = self.session.call(step, f"clock {clock}")
         self.after_pull()
+        if answer.checkpoint:
+            self.session.small_state.cut.stepped(answer.checkpoint, clock + 1, answer.chief)
         for table, current, _ in changes:
             table.sent = current
         self.position = clock + 1
@@ -65,7 +68,7 @@ class AsyncExchange(Exchange):
         encoded: Mapping[int, Encoded],
         settings: Sequence[types_pb2.TableHyperParameters],
         contribution: Contribution,
-    ) -> None:
+    ) -> ledger_pb2.ClockResponse:
         with phase("push"):
             outcomes = await self.client.push_sequenced(
                 encoded, settings, skip=contribution.skip, grad_scale=self._clip(contribution)
@@ -81,6 +84,7 @@ class AsyncExchange(Exchange):
             headers = await self.client.pull(self.partitions, self.sink, group=self.group, floors=self._floors)
         for partition, header in headers.items():
             self._raise_floor(partition, header.epoch, header.lsn)
+        return answer
 
     def _raise_floor(self, partition: int, epoch: int, lsn: int) -> None:
         self._floors[partition] = max(self._floors.get(partition, (0, 0)), (epoch, lsn))

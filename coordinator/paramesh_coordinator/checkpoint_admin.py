@@ -11,14 +11,14 @@ from paramesh.status import detail_of
 from paramesh.v1 import checkpoint_pb2 as cp
 from paramesh.v1.checkpoint_pb2_grpc import CheckpointsServicer
 
-from paramesh_coordinator.checkpoints import Progress
+from paramesh_coordinator.checkpoints import NAMES, Progress
 from paramesh_coordinator.custody import Custody
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.servicer import check
 
 __all__ = ["CheckpointsService", "entries"]
 
-_LEVELS = {"step": cp.CHECKPOINT_LEVEL_STEP, "partition": cp.CHECKPOINT_LEVEL_PARTITION}
+_LEVELS = {name: cp.CheckpointLevel.ValueType(level) for level, name in NAMES.items()}
 
 
 class CheckpointsService(CheckpointsServicer):
@@ -52,8 +52,7 @@ class CheckpointsService(CheckpointsServicer):
     ) -> cp.RestoreCheckpointResponse:
         """Verify, commit to it, and load in the background."""
         check(self._driver, request.request, registering=True)
-        await self._custody.restore(request.name)
-        return cp.RestoreCheckpointResponse()
+        return cp.RestoreCheckpointResponse(name=await self._custody.restore(request.name))
 
 
 def _task(progress: Progress) -> cp.CheckpointTask:
@@ -77,6 +76,8 @@ def entries(archive: Archive, verify: bool) -> list[cp.CheckpointEntry]:
             entry.name = name
             folder = archive.folder(name)
             folder.manifest()
+            if entry.level == cp.CHECKPOINT_LEVEL_ALIGNED and (torn := archive.manifest(name).torn):
+                entry.warnings.append(f"clients {list(torn)} died in the middle of an update: some of it may be there")
             entry.warnings.extend(f"{stranger} belongs to nobody" for stranger in folder.strangers())
         except ParameshError as error:
             entry = cp.CheckpointEntry(name=name, problem=str(error))

@@ -42,7 +42,13 @@ WORKERS_S = 15.0
 BATCH = 4
 """Partitions of one WriteCut: progress is seen, and a lost answer costs little."""
 
-STEP, PARTITION = cp.CHECKPOINT_LEVEL_STEP, cp.CHECKPOINT_LEVEL_PARTITION
+PAUSE_S = 25.0
+"""How long a checkpoint of level aligned waits until every worker is between two clocks; the ledger ends the
+pause by itself soon after."""
+
+STEP, PARTITION, ALIGNED = cp.CHECKPOINT_LEVEL_STEP, cp.CHECKPOINT_LEVEL_PARTITION, cp.CHECKPOINT_LEVEL_ALIGNED
+
+NAMES: dict[int, str] = {STEP: "step", PARTITION: "partition", ALIGNED: "aligned"}
 
 SHARED = "paramesh:cut:shared"
 """Where the chief puts the workers' common state as of the marked step (paramesh.small_state)."""
@@ -69,7 +75,7 @@ class Maker:
     """One checkpoint in the making.
 
     Attributes:
-        level: STEP or PARTITION.
+        level: STEP, PARTITION or ALIGNED.
         number: of the root's checkpoints.
         progress: updated as it goes.
     """
@@ -135,16 +141,57 @@ class Maker:
             mark = cp.MarkStepRequest(checkpoint=checkpoint)
             await self.calls.insist(self._primaries[LEDGER][0], "MarkStep", mark, WRITE_S)
             reach("checkpoint.marked")
+        torn = await self._align(parts, checkpoint) if self.level == ALIGNED else []
         ledger = (await self._write(draft, checkpoint, self.level, [LEDGER], STEP_S))[LEDGER]
         self.progress.phase = "writing"
         levels = self._levels(parts, ledger)
         written = {LEDGER: ledger} | await self._write_all(draft, checkpoint, levels)
         self._check_fits(parts, written, ledger, levels)
-        workers = await self._workers(draft, ledger, checkpoint) if self.level == STEP else []
-        return self._manifest(parts, written, ledger, workers)
+        workers = await self._workers(draft, ledger, checkpoint) if self.level != PARTITION else []
+        return dataclasses.replace(self._manifest(parts, written, ledger, workers), torn=tuple(torn))
+
+    async def _align(self, parts: list[PartitionRow], checkpoint: str) -> list[int]:
+        """Have every partition copied while no worker is in the middle of a clock; who was torn.
+
+        Raises:
+            ParameshError: DEADLINE, a worker did not come to the end of its clock; NOT_READY, the pause broke.
+        """
+        self.progress.phase = "waiting for workers to finish their clocks"
+        ledger = self._primaries[LEDGER][0]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PAUSE_S
+        while True:
+            told = await self.calls.insist(ledger, "PauseClocks", cp.PauseClocksRequest(checkpoint=checkpoint), PAUSE_S)
+            if told.quiet:
+                break
+            if loop.time() >= deadline:
+                ranks = ", ".join(map(str, told.waiting_for))
+                raise refuse("DEADLINE", f"ranks {ranks} did not finish their clock within {PAUSE_S:.0f} s")
+            await asyncio.sleep(0.02)
+        self.progress.phase = "cutting"
+        await self._take(parts, checkpoint)
+        self._check_primaries(self._primaries)
+        resume = cp.ResumeClocksRequest(checkpoint=checkpoint)
+        answer = await self.calls.insist(ledger, "ResumeClocks", resume, WRITE_S)
+        if not answer.whole:
+            raise refuse("NOT_READY", "the pause ended before every partition was copied; ask again")
+        return list(answer.torn)
+
+    async def _take(self, parts: list[PartitionRow], checkpoint: str) -> None:
+        """Copies in memory on all servers, side by side."""
+        by_server: dict[Ref, list[int]] = {}
+        for part in parts:
+            by_server.setdefault(self._primaries[part.partition][0], []).append(part.partition)
+        takes = (
+            self.calls.insist(ref, "TakeCut", cp.TakeCutRequest(checkpoint=checkpoint, partitions=some), PAUSE_S)
+            for ref, some in by_server.items()
+        )
+        await asyncio.gather(*takes)
 
     def _levels(self, parts: list[PartitionRow], ledger: cp.WrittenCut) -> dict[int, int]:
-        """How each dense partition is cut: those of groups that step at the marked one."""
+        """How each dense partition is cut: those of groups that step at the marked one; all as they were copied."""
+        if self.level == ALIGNED:
+            return {part.partition: ALIGNED for part in parts if part.partition != LEDGER}
         stepping = {g.name for g in ledger.groups if g.steps and g.next_step}
         groups = {row.table_id: row.group for row in self.driver.state.rows(TableRow).values()}
         return {
@@ -281,7 +328,7 @@ class Maker:
         return ClusterManifest(
             name=self.name,
             number=self.number,
-            level="step" if self.level == STEP else "partition",
+            level=NAMES[self.level],
             job=job.name,
             generation=job.generation,
             term=self.driver.term,

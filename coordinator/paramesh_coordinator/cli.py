@@ -164,7 +164,7 @@ def run(
     restore: Annotated[
         str,
         typer.Option(
-            help="Begin with a checkpoint, DIR/NAME. Only on a fresh --state: a restart goes on with that.",
+            help="Begin with a checkpoint, DIR/NAME or DIR/latest. Only on a fresh --state.",
             metavar="URL",
             rich_help_panel=CHECKPOINTS,
         ),

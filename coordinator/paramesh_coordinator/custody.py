@@ -16,7 +16,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from paramesh.archive import Archive, ClusterManifest, worker_file
+from paramesh.archive import LATEST, Archive, ClusterManifest, worker_file
 from paramesh.errors import ConfigError, ParameshError, refuse
 from paramesh.manifest import check_name
 from paramesh.v1 import checkpoint_pb2 as cp
@@ -24,7 +24,7 @@ from paramesh.v1 import checkpoint_pb2 as cp
 from paramesh_coordinator import restoring
 from paramesh_coordinator.catalog import Limits
 from paramesh_coordinator.checkpoint_calls import PASSING, Calls
-from paramesh_coordinator.checkpoints import PARTITION, SHARED, STEP, Maker, Progress
+from paramesh_coordinator.checkpoints import ALIGNED, NAMES, PARTITION, SHARED, STEP, Maker, Progress
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.operators import LEDGER
 from paramesh_coordinator.rows import PartitionRow, Ref, ServerRow, TableRow
@@ -161,11 +161,7 @@ class Custody:
         if self._driver.state.job.restoring:
             raise refuse("NOT_READY", f"{self._driver.state.job.restoring} is being restored")
         archive = self.archive()
-        if level == cp.CHECKPOINT_LEVEL_ALIGNED:
-            raise refuse(
-                "UNIMPLEMENTED", "level aligned is not made by this release; level partition writes without a pause"
-            )
-        if level not in (0, STEP, PARTITION):
+        if level not in (0, *NAMES):
             raise refuse("MISSING_FIELD", f"level {level} is none of step, partition and aligned")
         if name:
             check_name(name)
@@ -198,6 +194,8 @@ class Custody:
         stepping = await self._calls.steps()
         if level == STEP and not stepping:
             raise refuse("SCHEMA", "no group has taken a step: level step needs one; level partition does not")
+        if level == ALIGNED and stepping:
+            raise refuse("SCHEMA", "a group trains in steps: level step is the exact one; aligned is for async and ssp")
         level = level or (STEP if stepping else PARTITION)
         progress.name = name or f"checkpoint-{number:06d}"
         if await asyncio.to_thread(archive.exists, progress.name):
@@ -244,8 +242,14 @@ class Custody:
 
     # ------------------------------------------------------------------ loading
 
-    async def restore(self, name: str) -> None:
+    async def restore(self, name: str) -> str:
         """Verify a checkpoint, raise the generation, and load it in the background.
+
+        Args:
+            name: of one, or `latest`.
+
+        Returns:
+            Its name.
 
         Raises:
             ParameshError: NOT_READY, PATH, NOT_FOUND, FORMAT, DAMAGED, VERSION, SCHEMA: nothing changed.
@@ -257,11 +261,13 @@ class Custody:
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = self._run(self._restore(archive.folder(name).path, progress, begun), progress)
         await _begun(begun, task)
+        return progress.name
 
     async def _restore(self, location: str, progress: Progress, begun: asyncio.Future[None]) -> None:
         try:
-            await self._begin(location)
+            location = await self._begin(location)
             manifest = await asyncio.to_thread(_manifest_at, location, False)
+            progress.name = location.rstrip("/").rpartition("/")[2]
         except BaseException as error:
             begun.set_exception(error if isinstance(error, ParameshError) else refuse("INTERNAL", str(error)))
             raise
@@ -269,8 +275,11 @@ class Custody:
         await self._restoring(manifest, location)
 
     async def _begin(self, location: str) -> str:
-        """Verify everything, then commit to it."""
-        manifest = await asyncio.to_thread(_manifest_at, location, True)
+        """Verify everything, then commit to it; where it is."""
+        location, manifest, damaged = await asyncio.to_thread(_whole_at, location)
+        for name, problem in damaged.items():
+            log.error("checkpoint=%s is passed over: %s", name, problem)
+            await self._audit("checkpoint_damaged", name, error=problem[:300])
         limits = Limits(self._config.max_table_bytes, self._config.max_partitions)
         await asyncio.to_thread(restoring.check, manifest, limits)
         await self._driver.decide(lambda draft: restoring.begin(draft, manifest, location))
@@ -336,6 +345,15 @@ async def _begun(begun: asyncio.Future[T], task: asyncio.Task[None]) -> T:
     except ParameshError:
         await asyncio.wait([task])
         raise
+
+
+def _whole_at(location: str) -> tuple[str, ClusterManifest, dict[str, str]]:
+    """A checkpoint with every digest compared: where it is, and for `latest` which newer ones are damaged."""
+    root, _, name = location.rstrip("/").rpartition("/")
+    if name != LATEST:
+        return location, _manifest_at(location, True), {}
+    manifest, damaged = Archive(root or "/").newest_whole()
+    return f"{root}/{manifest.name}", manifest, damaged
 
 
 def _manifest_at(location: str, verify: bool) -> ClusterManifest:

@@ -57,7 +57,7 @@ _LEVELS = {
     Level.PARTITION: cp.CHECKPOINT_LEVEL_PARTITION,
     Level.ALIGNED: cp.CHECKPOINT_LEVEL_ALIGNED,
 }
-_LEVEL_NAMES = {cp.CHECKPOINT_LEVEL_STEP: "step", cp.CHECKPOINT_LEVEL_PARTITION: "partition"}
+_LEVEL_NAMES = {number: level.value for level, number in _LEVELS.items() if level is not Level.AUTO}
 
 
 class Asking(Protocol):
@@ -84,9 +84,10 @@ async def _listed(addresses: Sequence[str], job: str, verify: bool = False) -> c
     return answer
 
 
-async def _restore(addresses: Sequence[str], job: str, name: str) -> None:
+async def _restore(addresses: Sequence[str], job: str, name: str) -> str:
     request = cp.RestoreCheckpointRequest(request=header(job), name=name)
-    await ask_coordinator(addresses, CheckpointsStub, "RestoreCheckpoint", request, 3600.0)
+    answer, _ = await ask_coordinator(addresses, CheckpointsStub, "RestoreCheckpoint", request, 3600.0)
+    return str(answer.name)
 
 
 async def _follow(target: Asking, kind: str, name: str) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def register(
             Level,
             typer.Option(
                 help="step: exactly one step, for sync training. partition: each part by itself, without a pause. "
-                "auto: step where there are steps. aligned: not in this release."
+                "auto: step where there are steps. aligned: of async and ssp, paused for a moment."
             ),
         ] = Level.AUTO,
         name: Annotated[str, typer.Option(help="Its name; default: the next number.", metavar="NAME")] = "",
@@ -223,7 +224,9 @@ def register(
     @app.command(cls=PlainCommand)
     def restore(
         context: typer.Context,
-        name: Annotated[str, typer.Argument(help="As `psctl checkpoints` lists it; no path.")],
+        name: Annotated[
+            str, typer.Argument(help="As `psctl checkpoints` lists it; `latest`: the newest that is whole.")
+        ],
         wait: Wait = True,
         coordinator: Coordinator = None,
         job: Job = None,
@@ -237,9 +240,9 @@ def register(
         asked = target(context, coordinator, job)
 
         async def work() -> None:
-            await asked.read(_restore, name)
-            done = await _follow(asked, "restore", name) if wait else {"kind": "restore", "name": name}
-            typer.echo(json.dumps(done) if as_json else f"restored {name}" if wait else f"restore {name} begun")
+            found = await asked.read(_restore, name)
+            done = await _follow(asked, "restore", found) if wait else {"kind": "restore", "name": found}
+            typer.echo(json.dumps(done) if as_json else f"restored {found}" if wait else f"restore {found} begun")
 
         run(work())
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from paramesh import partition_file
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 SERVICE = "paramesh.v1.CheckpointControl"
 
 LEDGER_FILE = "ledger.bin"
+
+LEVELS = (cp.CHECKPOINT_LEVEL_STEP, cp.CHECKPOINT_LEVEL_PARTITION, cp.CHECKPOINT_LEVEL_ALIGNED)
 
 CUT_WAIT_S = 1.0
 """How long one WriteCut waits for the marked step; the coordinator asks again."""
@@ -86,10 +89,40 @@ class CheckpointControl:
             service.ledger.want_cut(request.checkpoint)
         return cp.MarkStepResponse()
 
+    async def PauseClocks(self, request: cp.PauseClocksRequest, context: Any) -> cp.PauseClocksResponse:
+        """Hold finished clocks; say whether anybody is in the middle of one."""
+        self._check(request.request, request.term)
+        quiet, ranks = (await self._ledger.service()).pause_clocks(request.checkpoint)
+        return cp.PauseClocksResponse(quiet=quiet, waiting_for=ranks)
+
+    async def ResumeClocks(self, request: cp.ResumeClocksRequest, context: Any) -> cp.ResumeClocksResponse:
+        """Let everybody go on; say whether the pause lasted until now."""
+        self._check(request.request, request.term)
+        whole, torn = (await self._ledger.service()).resume_clocks(request.checkpoint)
+        return cp.ResumeClocksResponse(whole=whole, torn=torn)
+
+    async def TakeCut(self, request: cp.TakeCutRequest, context: Any) -> cp.TakeCutResponse:
+        """Copy partitions in memory; the ledger only in a quiet pause."""
+        self._check(request.request, request.term)
+        for number in request.partitions:
+            if number == LEDGER:
+                await self._take_ledger(request.checkpoint)
+            else:
+                held = await self._shards.find(number)
+                cut = await held.lead(partial(cut_of, held.partition), inline=False)
+                self._cuts.put(request.checkpoint, number, cut)
+        return cp.TakeCutResponse()
+
+    async def _take_ledger(self, checkpoint: str) -> None:
+        service = await self._ledger.service()
+        if not service.pause_clocks(checkpoint)[0]:
+            raise refuse("NOT_READY", "a member is in the middle of a clock")
+        service.cut = service.ledger.cut(checkpoint)
+
     async def WriteCut(self, request: cp.WriteCutRequest, context: Any) -> cp.WriteCutResponse:
         """Write some partitions' cuts."""
         self._check(request.request, request.term)
-        if request.level not in (cp.CHECKPOINT_LEVEL_STEP, cp.CHECKPOINT_LEVEL_PARTITION):
+        if request.level not in LEVELS:
             raise refuse("UNIMPLEMENTED", f"cuts of level {request.level} are not made by this release")
         if self._checkpoint != request.checkpoint:
             self._checkpoint, self._written = request.checkpoint, {}
@@ -112,7 +145,7 @@ class CheckpointControl:
             cut = service.cut = service.ledger.cut(request.checkpoint)
         if cut is None or cut.checkpoint != request.checkpoint:
             await asyncio.sleep(0.05)
-            raise refuse("NOT_READY", "the marked step is not decided yet")
+            raise refuse("NOT_READY", "the marked step is not decided yet, or the pause is over")
         if cut.torn():
             raise refuse("NOT_FOUND", f"no step is a cut of all groups: {cut.torn()}")
         slot = self._ledger.slot
@@ -167,6 +200,7 @@ class CheckpointControl:
             self._written = {}
         if self._ledger.serving is not None:
             self._ledger.serving.ledger.want_cut("")
+            self._ledger.serving.resume_clocks(request.checkpoint)
             self._ledger.serving.cut = None
         return cp.DropCutResponse()
 

@@ -30,6 +30,7 @@ from paramesh_server.ledger_groups import Groups, GroupState
 from paramesh_server.ledger_leases import Leases
 from paramesh_server.ledger_log import Desk, Key, Record, Wait
 from paramesh_server.ledger_members import Members
+from paramesh_server.ledger_pause import Pause
 from paramesh_server.ledger_small import Figures, Gathers, SmallState
 from paramesh_server.ledger_status import Status
 from paramesh_server.ledger_steps import Steps
@@ -87,7 +88,9 @@ class Ledger:
         self._leases = Leases(self._desk, self._members, self._groups, self._epochs)
         self._steps = Steps(self._desk, self._members, self._groups, self._epochs)
         self._clips = Clips(self._desk, self._members, self._steps)
-        self._clocks = Clocks(self._desk, self._members, self._groups, self._epochs)
+        self.pause = Pause(self._desk, self._members)
+        """Of asynchronous training, for a checkpoint."""
+        self._clocks = Clocks(self._desk, self._members, self._groups, self._epochs, self.pause)
         self._small = SmallState(self._desk, self._members)
         self._gathers = Gathers(self._desk, self._members)
         self._figures = Figures(self._desk, self._members)
@@ -139,11 +142,12 @@ class Ledger:
         self._desk.now = now
         self._steps.tick()
         self._leases.tick()
+        self.pause.tick()
         self._settle()
 
     def next_deadline(self) -> float | None:
         """When `tick` may find something to do; None: not before the next call."""
-        parts = (self._steps, self._groups, self._leases)
+        parts = (self._steps, self._groups, self._leases, self.pause)
         times = (part.next_deadline() for part in parts)
         return min((time for time in times if time is not None), default=None)
 
@@ -185,8 +189,24 @@ class Ledger:
             steps: for each group that was marked, the step that carried the mark.
         """
         ranks = tuple(sorted(member.rank for member in self._members.state.members.values()))
-        state = {n: (g.spec.name, not self._clocks.has_clocks(g), g.next_step) for n, g in self._groups.state.items()}
+        state = {
+            n: (g.spec.name, not self._clocks.has_clocks(g), self._stands(g)) for n, g in self._groups.state.items()
+        }
         return LedgerCut(checkpoint, self.lsn, self.capture(), state, dict(steps or {}), ranks)
+
+    def _stands(self, group: GroupState) -> int:
+        return max(group.clocks.values(), default=group.next_step)
+
+    def pause_clocks(self, checkpoint: str, now: float) -> tuple[bool, tuple[int, ...]]:
+        """Hold finished clocks; whether no member is in the middle of one now, and which ranks are. Volatile."""
+        self._desk.now = now
+        self._clocks.pause(checkpoint)
+        return self.pause.quiet, self._members.ranks(self.pause.missing())
+
+    def resume_clocks(self, checkpoint: str, now: float) -> tuple[bool, list[int]]:
+        """End a pause: whether it lasted, and who was evicted in the middle of a clock."""
+        self._desk.now = now
+        return self.pause.end(checkpoint)
 
     def capture(self) -> bytes:
         """The whole replicated state, with the number of the last record."""
@@ -279,6 +299,7 @@ class Ledger:
         self._desk.now = now
         member = self._members.need(request.request.client_id)
         if request.activity == pb.ACTIVITY_ACTIVE:
+            self.pause.check_entry(member)
             self._clocks.enter_all(member.client_id)
         self._members.set_activity(member, request.activity)
         self._settle()
@@ -410,6 +431,8 @@ class Ledger:
             Fenced: EVICTED, NOT_MEMBER.
         """
         self._desk.now = now
+        if self.pause.keeps_out(self._members.need(request.request.client_id)):
+            return self.pause.wait()
         answer = self._leases.lease(request)
         self._settle()
         return answer

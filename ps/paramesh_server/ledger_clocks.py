@@ -5,7 +5,8 @@
 A member that finished `c` clocks starts clock `c` iff `min(live clocks) >= c - staleness`,
 and its pull then reflects every clock `<= c - staleness - 1` of everybody, by floors.
 Live are ACTIVE members: one whose loop ended, or that is paused, holds nobody back. Who
-becomes ACTIVE starts at the minimum. Async never waits and has no floors.
+becomes ACTIVE starts at the minimum. Async never waits and has no floors. A restored group goes
+on from the furthest clock of before, which is its `next_step`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from paramesh_server.ledger_epochs import Epochs
 from paramesh_server.ledger_groups import Floors, Groups, GroupState
 from paramesh_server.ledger_log import ActivitySet, ClockEntered, ClockFinished, Desk, Left, Wait
 from paramesh_server.ledger_members import Members
+from paramesh_server.ledger_pause import Pause
 
 
 class Clocks:
     """Bounds how far members of an ssp group drift."""
 
-    def __init__(self, desk: Desk, members: Members, groups: Groups, epochs: Epochs):
+    def __init__(self, desk: Desk, members: Members, groups: Groups, epochs: Epochs, pause: Pause):
         self._desk = desk
+        self._pause = pause
         self._members = members
         self._groups = groups
         self._epochs = epochs
@@ -77,7 +80,7 @@ class Clocks:
         others = {c: clock for c, clock in self.live(group).items() if c != client_id}
         # Nobody is live at an epoch's end: whoever is first back goes on from the furthest,
         # else the others would be held back by clocks that nobody trains any more.
-        start = min(others.values()) if others else max(group.clocks.values(), default=0)
+        start = min(others.values()) if others else max(group.clocks.values(), default=group.next_step)
         return max(start, group.clocks.get(client_id, 0))
 
     # ------------------------------------------------------------------ deciding
@@ -117,7 +120,13 @@ class Clocks:
             )
         if request.finished == own + 1:
             self._finish(group, request)
-        return self._start(group, member.client_id, request.finished)
+            self._pause.went_on(member.client_id)
+        return self._pause.hold(member.client_id) or self._start(group, member.client_id, request.finished)
+
+    def pause(self, checkpoint: str) -> None:
+        """Hold clocks for a checkpoint; those that wait for the slowest hear of it too."""
+        self._pause.begin(checkpoint)
+        self._wake_all()
 
     def _finish(self, group: GroupState, request: ClockRequest) -> None:
         client_id = request.request.client_id
@@ -148,7 +157,10 @@ class Clocks:
             )
         self.widest[group.number] = max(self.widest.get(group.number, 0), clock - slowest)
         floors = self._floors_for(group, clock) if group.spec.mode == MODE_SSP else {}
+        checkpoint, chief = self._pause.told(client_id)
         return ClockResponse(
+            checkpoint=checkpoint,
+            chief=chief,
             floors=[Floor(partition=p, epoch=e, lsn=n) for p, (e, n) in sorted(floors.items())],
             min_clock=slowest,
             max_clock=fastest,

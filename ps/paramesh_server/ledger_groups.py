@@ -43,7 +43,7 @@ class GroupState:
     spec: GroupSpec
     """Fixed at opening."""
     next_step: int = 0
-    """The first undecided step (sync, local). By StepDecided."""
+    """The first undecided step (sync, local), by StepDecided; the first clock after a restore (ssp, async)."""
     records: dict[int, StepRecord] = field(default_factory=dict)
     """Decisions by step, contiguous from `first_kept` to `next_step - 1`."""
     first_kept: int = 0

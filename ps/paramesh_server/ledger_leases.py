@@ -116,6 +116,8 @@ class Leases:
     def _grant(self, epoch: EpochState, member: MemberState, want: int, call: int) -> list[int]:
         position = epoch.position(member.client_id)
         own = epoch.deal.peek(position, want) if position is not None else []
+        if self._groups.first_come() and epoch.returned:
+            own = []  # what came back is the oldest: a lone worker that is restored goes on in its own order
         returned = [] if own else heapq.nsmallest(want, epoch.returned)
         if own or returned:
             self._desk.commit(Leased(epoch.key, member.client_id, len(own), tuple(returned), call))

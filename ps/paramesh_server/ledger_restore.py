@@ -10,18 +10,21 @@ consumed; small state; rounds of barriers. What does not:
   tombstone is needed; keeping them would only add up over restores.
 - *The start.* `start_workers` must join again before the next step, so that samples are dealt
   among as many as they would have been. The last rank of each slot is kept for the same reason.
+- *Clocks.* Each member's own; all go on from the furthest, so that what is kept by clock is not older
+  than what was kept before.
 - *Floors.* Numbers of records that the restored logs may never reach again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.ledger import Ledger
 from paramesh_server.ledger_codec import decode_state, encode_state
+from paramesh_server.ledger_groups import GroupState
 
 __all__ = ["renewed"]
 
@@ -37,6 +40,7 @@ def renewed(data: bytes, extra: Mapping[str, tuple[int, bytes]]) -> bytes:
         RequestRefused: FORMAT, these are not captured bytes.
     """
     before = decode_state(data)
+    furthest = {number: max(group.clocks.values(), default=0) for number, group in before.groups.items()}
     scratch = Ledger(pb.JobConfig())
     scratch.install(data)
     scratch.serve(lambda _: None, pb.JobConfig(), 0.0)
@@ -45,8 +49,18 @@ def renewed(data: bytes, extra: Mapping[str, tuple[int, bytes]]) -> bytes:
     state = decode_state(scratch.capture())
     state.members.started = False
     state.members.tombstones.clear()
-    for group in state.groups.values():
+    for number, group in state.groups.items():
         group.floors.clear()
         group.old_floors.clear()
-    state.small.update(extra)
+        if group.spec.mode in (lg.MODE_SSP, lg.MODE_ASYNC):
+            group.next_step = group.first_kept = max(group.next_step, furthest[number])
+    state.small.update(_as_of_now(extra, state.groups.values()))
     return encode_state(state)
+
+
+def _as_of_now(extra: Mapping[str, tuple[int, bytes]], groups: Iterable[GroupState]) -> dict[str, tuple[int, bytes]]:
+    """Workers' own state of clocks of their own belongs to the clock that all go on from."""
+    stands = {group.spec.mode in (lg.MODE_SSP, lg.MODE_ASYNC): group.next_step for group in groups if group.next_step}
+    if set(stands) != {True}:
+        return dict(extra)
+    return {key: (stands[True], value) for key, (_, value) in extra.items()}

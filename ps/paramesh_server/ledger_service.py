@@ -198,6 +198,15 @@ class LedgerService:
         """
         await self._released(lambda now: [self.ledger.evict(client_id, "fenced", now) for client_id in client_ids])
 
+    def pause_clocks(self, checkpoint: str) -> tuple[bool, tuple[int, ...]]:
+        """As `Ledger.pause_clocks`."""
+        self._check_open()
+        return self._act(lambda now: self.ledger.pause_clocks(checkpoint, now))
+
+    def resume_clocks(self, checkpoint: str) -> tuple[bool, list[int]]:
+        """As `Ledger.resume_clocks`; not refused by a ledger that has moved away: nobody waits there."""
+        return self._act(lambda now: self.ledger.resume_clocks(checkpoint, now))
+
     async def close(self) -> None:
         """Decide nothing any more; every call that waits, and every later one, is refused NOT_PRIMARY.
 

@@ -120,7 +120,7 @@ def test_a_run_is_the_same_from_a_checkpoint_taken_back_to_it_or_begun_with_it(t
     (row,) = json.loads(psctl(port, "checkpoints", "--verify", "--json").stdout)["checkpoints"]
     assert (row["name"], row["complete"], row["level"], row["warnings"]) == ("one", True, "step", [])
     at = row["steps"]["optimizer0"]
-    for bad, said in ((["--name", "../x"], "is no name"), (["--level", "aligned"], "not made by this release")):
+    for bad, said in ((["--name", "../x"], "is no name"), (["--level", "aligned"], "a group trains in steps")):
         refused = psctl(port, "checkpoint", *bad, check=False)
         assert (refused.returncode, said in refused.stderr) == (1, True)
     wait_until(lambda: step() == at + 8, 120, "training to come to the gate")

@@ -381,10 +381,9 @@ def test_a_restore_that_fails_can_be_replaced_and_happens_once(tmp_path):
 def test_async_training_is_written_partition_by_partition(tmp_path):
     with trained(tmp_path, 7, mode="async") as (cluster, name, _, _):
         assert Archive(str(tmp_path)).manifest(name, verify=True).level == "partition"
-        for level, reason in ((cp.CHECKPOINT_LEVEL_ALIGNED, "UNIMPLEMENTED"), (cp.CHECKPOINT_LEVEL_STEP, "SCHEMA")):
-            with pytest.raises(ParameshError) as caught:
-                checkpoint(cluster, level)
-            assert caught.value.reason == reason
+        with pytest.raises(ParameshError) as caught:
+            checkpoint(cluster, cp.CHECKPOINT_LEVEL_STEP)
+        assert caught.value.reason == "SCHEMA"
     with Cluster(servers=3, workers=WORKERS, restore=f"{tmp_path}/{name}") as cluster:
         values = cluster.run(Script(mode="async"))
     assert all(torch.isfinite(v).all() for v in values)

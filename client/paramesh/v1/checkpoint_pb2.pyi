@@ -32,7 +32,7 @@ class _CheckpointLevelEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     CHECKPOINT_LEVEL_PARTITION: _CheckpointLevel.ValueType  # 2
     """CHECKPOINT_LEVEL_PARTITION is each partition by itself, without a pause."""
     CHECKPOINT_LEVEL_ALIGNED: _CheckpointLevel.ValueType  # 3
-    """CHECKPOINT_LEVEL_ALIGNED is of paused asynchronous training. UNIMPLEMENTED."""
+    """CHECKPOINT_LEVEL_ALIGNED is of paused asynchronous training: every worker is between two clocks."""
 
 class CheckpointLevel(_CheckpointLevel, metaclass=_CheckpointLevelEnumTypeWrapper):
     """CheckpointLevel is what kind of cut a checkpoint is."""
@@ -43,7 +43,7 @@ CHECKPOINT_LEVEL_STEP: CheckpointLevel.ValueType  # 1
 CHECKPOINT_LEVEL_PARTITION: CheckpointLevel.ValueType  # 2
 """CHECKPOINT_LEVEL_PARTITION is each partition by itself, without a pause."""
 CHECKPOINT_LEVEL_ALIGNED: CheckpointLevel.ValueType  # 3
-"""CHECKPOINT_LEVEL_ALIGNED is of paused asynchronous training. UNIMPLEMENTED."""
+"""CHECKPOINT_LEVEL_ALIGNED is of paused asynchronous training: every worker is between two clocks."""
 global___CheckpointLevel = CheckpointLevel
 
 @typing.final
@@ -247,6 +247,7 @@ class RestoreCheckpointRequest(google.protobuf.message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
+    """name of one, or "latest": the newest that is whole."""
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
     def __init__(
@@ -264,9 +265,15 @@ global___RestoreCheckpointRequest = RestoreCheckpointRequest
 class RestoreCheckpointResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name of the one that is restored."""
     def __init__(
         self,
+        *,
+        name: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
 
 global___RestoreCheckpointResponse = RestoreCheckpointResponse
 
@@ -304,6 +311,135 @@ class MarkStepResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___MarkStepResponse = MarkStepResponse
+
+@typing.final
+class PauseClocksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    checkpoint: builtins.str
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        term: builtins.int = ...,
+        checkpoint: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "request", b"request", "term", b"term"]) -> None: ...
+
+global___PauseClocksRequest = PauseClocksRequest
+
+@typing.final
+class PauseClocksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUIET_FIELD_NUMBER: builtins.int
+    WAITING_FOR_FIELD_NUMBER: builtins.int
+    quiet: builtins.bool
+    """quiet: no member is in the middle of a clock, and none begins one."""
+    @property
+    def waiting_for(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """waiting_for are the ranks that have not finished theirs."""
+
+    def __init__(
+        self,
+        *,
+        quiet: builtins.bool = ...,
+        waiting_for: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["quiet", b"quiet", "waiting_for", b"waiting_for"]) -> None: ...
+
+global___PauseClocksResponse = PauseClocksResponse
+
+@typing.final
+class TakeCutRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    PARTITIONS_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    checkpoint: builtins.str
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    @property
+    def partitions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        term: builtins.int = ...,
+        checkpoint: builtins.str = ...,
+        partitions: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "partitions", b"partitions", "request", b"request", "term", b"term"]) -> None: ...
+
+global___TakeCutRequest = TakeCutRequest
+
+@typing.final
+class TakeCutResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___TakeCutResponse = TakeCutResponse
+
+@typing.final
+class ResumeClocksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    checkpoint: builtins.str
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        term: builtins.int = ...,
+        checkpoint: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "request", b"request", "term", b"term"]) -> None: ...
+
+global___ResumeClocksRequest = ResumeClocksRequest
+
+@typing.final
+class ResumeClocksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WHOLE_FIELD_NUMBER: builtins.int
+    TORN_FIELD_NUMBER: builtins.int
+    whole: builtins.bool
+    """whole: the pause lasted until now. If not, cuts that were taken in it may not fit each other."""
+    @property
+    def torn(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """torn are clients that were evicted in the middle of a clock while the pause was waited for: some
+        partitions may have that update, and others not.
+        """
+
+    def __init__(
+        self,
+        *,
+        whole: builtins.bool = ...,
+        torn: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["torn", b"torn", "whole", b"whole"]) -> None: ...
+
+global___ResumeClocksResponse = ResumeClocksResponse
 
 @typing.final
 class WriteCutRequest(google.protobuf.message.Message):

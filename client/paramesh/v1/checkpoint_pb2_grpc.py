@@ -214,6 +214,21 @@ class CheckpointControlStub(object):
                 request_serializer=paramesh_dot_v1_dot_checkpoint__pb2.MarkStepRequest.SerializeToString,
                 response_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.MarkStepResponse.FromString,
                 _registered_method=True)
+        self.PauseClocks = channel.unary_unary(
+                '/paramesh.v1.CheckpointControl/PauseClocks',
+                request_serializer=paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksResponse.FromString,
+                _registered_method=True)
+        self.TakeCut = channel.unary_unary(
+                '/paramesh.v1.CheckpointControl/TakeCut',
+                request_serializer=paramesh_dot_v1_dot_checkpoint__pb2.TakeCutRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.TakeCutResponse.FromString,
+                _registered_method=True)
+        self.ResumeClocks = channel.unary_unary(
+                '/paramesh.v1.CheckpointControl/ResumeClocks',
+                request_serializer=paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksResponse.FromString,
+                _registered_method=True)
         self.WriteCut = channel.unary_unary(
                 '/paramesh.v1.CheckpointControl/WriteCut',
                 request_serializer=paramesh_dot_v1_dot_checkpoint__pb2.WriteCutRequest.SerializeToString,
@@ -239,6 +254,29 @@ class CheckpointControlServicer(object):
 
     def MarkStep(self, request, context):
         """MarkStep has the ledger's next decision of each group carry a checkpoint's id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseClocks(self, request, context):
+        """PauseClocks has the ledger hold every finished clock, and says when no member is in the middle of
+        one any more. The pause ends by itself after 30 s. Repeatable: it is how the pause is watched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeCut(self, request, context):
+        """TakeCut copies some partitions in memory, for WriteCut to write later. NOT_READY from the ledger
+        while the pause is not quiet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeClocks(self, request, context):
+        """ResumeClocks ends the pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -274,6 +312,21 @@ def add_CheckpointControlServicer_to_server(servicer, server):
                     servicer.MarkStep,
                     request_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.MarkStepRequest.FromString,
                     response_serializer=paramesh_dot_v1_dot_checkpoint__pb2.MarkStepResponse.SerializeToString,
+            ),
+            'PauseClocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseClocks,
+                    request_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksResponse.SerializeToString,
+            ),
+            'TakeCut': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeCut,
+                    request_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.TakeCutRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_checkpoint__pb2.TakeCutResponse.SerializeToString,
+            ),
+            'ResumeClocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeClocks,
+                    request_deserializer=paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksResponse.SerializeToString,
             ),
             'WriteCut': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteCut,
@@ -321,6 +374,87 @@ class CheckpointControl(object):
             '/paramesh.v1.CheckpointControl/MarkStep',
             paramesh_dot_v1_dot_checkpoint__pb2.MarkStepRequest.SerializeToString,
             paramesh_dot_v1_dot_checkpoint__pb2.MarkStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseClocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.CheckpointControl/PauseClocks',
+            paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksRequest.SerializeToString,
+            paramesh_dot_v1_dot_checkpoint__pb2.PauseClocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeCut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.CheckpointControl/TakeCut',
+            paramesh_dot_v1_dot_checkpoint__pb2.TakeCutRequest.SerializeToString,
+            paramesh_dot_v1_dot_checkpoint__pb2.TakeCutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeClocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.CheckpointControl/ResumeClocks',
+            paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksRequest.SerializeToString,
+            paramesh_dot_v1_dot_checkpoint__pb2.ResumeClocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -123,6 +123,28 @@ class CheckpointControlStub:
     ]
     """MarkStep has the ledger's next decision of each group carry a checkpoint's id."""
 
+    PauseClocks: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.PauseClocksRequest,
+        paramesh.v1.checkpoint_pb2.PauseClocksResponse,
+    ]
+    """PauseClocks has the ledger hold every finished clock, and says when no member is in the middle of
+    one any more. The pause ends by itself after 30 s. Repeatable: it is how the pause is watched.
+    """
+
+    TakeCut: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.TakeCutRequest,
+        paramesh.v1.checkpoint_pb2.TakeCutResponse,
+    ]
+    """TakeCut copies some partitions in memory, for WriteCut to write later. NOT_READY from the ledger
+    while the pause is not quiet.
+    """
+
+    ResumeClocks: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.ResumeClocksRequest,
+        paramesh.v1.checkpoint_pb2.ResumeClocksResponse,
+    ]
+    """ResumeClocks ends the pause."""
+
     WriteCut: grpc.UnaryUnaryMultiCallable[
         paramesh.v1.checkpoint_pb2.WriteCutRequest,
         paramesh.v1.checkpoint_pb2.WriteCutResponse,
@@ -155,6 +177,28 @@ class CheckpointControlAsyncStub:
         paramesh.v1.checkpoint_pb2.MarkStepResponse,
     ]
     """MarkStep has the ledger's next decision of each group carry a checkpoint's id."""
+
+    PauseClocks: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.PauseClocksRequest,
+        paramesh.v1.checkpoint_pb2.PauseClocksResponse,
+    ]
+    """PauseClocks has the ledger hold every finished clock, and says when no member is in the middle of
+    one any more. The pause ends by itself after 30 s. Repeatable: it is how the pause is watched.
+    """
+
+    TakeCut: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.TakeCutRequest,
+        paramesh.v1.checkpoint_pb2.TakeCutResponse,
+    ]
+    """TakeCut copies some partitions in memory, for WriteCut to write later. NOT_READY from the ledger
+    while the pause is not quiet.
+    """
+
+    ResumeClocks: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.checkpoint_pb2.ResumeClocksRequest,
+        paramesh.v1.checkpoint_pb2.ResumeClocksResponse,
+    ]
+    """ResumeClocks ends the pause."""
 
     WriteCut: grpc.aio.UnaryUnaryMultiCallable[
         paramesh.v1.checkpoint_pb2.WriteCutRequest,
@@ -190,6 +234,34 @@ class CheckpointControlServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[paramesh.v1.checkpoint_pb2.MarkStepResponse, collections.abc.Awaitable[paramesh.v1.checkpoint_pb2.MarkStepResponse]]:
         """MarkStep has the ledger's next decision of each group carry a checkpoint's id."""
+
+    @abc.abstractmethod
+    def PauseClocks(
+        self,
+        request: paramesh.v1.checkpoint_pb2.PauseClocksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.checkpoint_pb2.PauseClocksResponse, collections.abc.Awaitable[paramesh.v1.checkpoint_pb2.PauseClocksResponse]]:
+        """PauseClocks has the ledger hold every finished clock, and says when no member is in the middle of
+        one any more. The pause ends by itself after 30 s. Repeatable: it is how the pause is watched.
+        """
+
+    @abc.abstractmethod
+    def TakeCut(
+        self,
+        request: paramesh.v1.checkpoint_pb2.TakeCutRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.checkpoint_pb2.TakeCutResponse, collections.abc.Awaitable[paramesh.v1.checkpoint_pb2.TakeCutResponse]]:
+        """TakeCut copies some partitions in memory, for WriteCut to write later. NOT_READY from the ledger
+        while the pause is not quiet.
+        """
+
+    @abc.abstractmethod
+    def ResumeClocks(
+        self,
+        request: paramesh.v1.checkpoint_pb2.ResumeClocksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.checkpoint_pb2.ResumeClocksResponse, collections.abc.Awaitable[paramesh.v1.checkpoint_pb2.ResumeClocksResponse]]:
+        """ResumeClocks ends the pause."""
 
     @abc.abstractmethod
     def WriteCut(

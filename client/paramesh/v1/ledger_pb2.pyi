@@ -647,8 +647,14 @@ class ClockResponse(google.protobuf.message.Message):
     FLOORS_FIELD_NUMBER: builtins.int
     MIN_CLOCK_FIELD_NUMBER: builtins.int
     MAX_CLOCK_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    CHIEF_FIELD_NUMBER: builtins.int
     min_clock: builtins.int
     max_clock: builtins.int
+    checkpoint: builtins.str
+    """checkpoint is the id of a checkpoint of level ALIGNED whose cut is this clock; empty: none."""
+    chief: builtins.bool
+    """chief: the caller is to keep what all workers share, too."""
     @property
     def floors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Floor]:
         """floors that the pull of the next clock must reflect."""
@@ -659,8 +665,10 @@ class ClockResponse(google.protobuf.message.Message):
         floors: collections.abc.Iterable[global___Floor] | None = ...,
         min_clock: builtins.int = ...,
         max_clock: builtins.int = ...,
+        checkpoint: builtins.str = ...,
+        chief: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["floors", b"floors", "max_clock", b"max_clock", "min_clock", b"min_clock"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "chief", b"chief", "floors", b"floors", "max_clock", b"max_clock", "min_clock", b"min_clock"]) -> None: ...
 
 global___ClockResponse = ClockResponse
 

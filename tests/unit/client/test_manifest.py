@@ -111,7 +111,7 @@ def spoil(path, value):
         (["number"], 1.0, "FORMAT"),
         (["number"], 1 << 70, "FORMAT"),
         (["generation"], 0, "FORMAT"),
-        (["level"], "aligned", "FORMAT"),
+        (["level"], "exact", "FORMAT"),
         (["periodic"], 1, "FORMAT"),
         (["extra"], 1, "FORMAT"),
         (["tables", 0, "spec"], "%%", "FORMAT"),
