@@ -330,7 +330,8 @@ class AsyncClient(Delivery):
             yield self._preamble(())
             for p in mine:
                 epoch = self.routes.partition(p).epoch
-                key.seq = self._seq.get(p, 0) + 1
+                key.acked_through = self._seq.get(p, 0)
+                key.seq = key.acked_through + 1
                 yield from contributions[p].messages(ps.PushHeader(partition=p, epoch=epoch, sequenced=key))
 
         async def send(lane: GrpcLane, mine: list[int], records: list[pb.StepRecord]) -> Answers[ps.PartitionOutcome]:
@@ -392,7 +393,13 @@ class AsyncClient(Delivery):
     def _pull_of(self, partition: int, floors: Mapping[int, tuple[int, int]] | None = None) -> ps.PartitionPull:
         epoch = self.routes.partition(partition).epoch
         floor_epoch, floor_lsn = (floors or {}).get(partition, (0, 0))
-        return ps.PartitionPull(partition=partition, epoch=epoch, floor_lsn=floor_lsn, floor_epoch=floor_epoch)
+        return ps.PartitionPull(
+            partition=partition,
+            epoch=epoch,
+            floor_lsn=floor_lsn,
+            floor_epoch=floor_epoch,
+            acked_through=self._seq.get(partition, 0),
+        )
 
     async def assign(
         self,

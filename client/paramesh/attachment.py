@@ -28,7 +28,7 @@ from paramesh.exchange_sync import SyncExchange
 from paramesh.gradients import Judge, contribution_of, gradients_of, with_gradient
 from paramesh.hyper import Value, to_protos
 from paramesh.optimizer_state import State, first_values_with, state_of
-from paramesh.options import NON_FINITE, Options, check_settings, outer_optimizer, settings_of
+from paramesh.options import ACKS, NON_FINITE, Options, check_settings, outer_optimizer, settings_of
 from paramesh.overlap import Overlap
 from paramesh.profiling import phase
 from paramesh.runtime import barrier, is_chief
@@ -124,6 +124,7 @@ class Attachment:
         spec = types_pb2.OptimizerSpec(class_name=class_name, hyper_parameters=to_protos(settings()))
         plan = TablePlan(name, group, named, spec, self.options.partition_bytes)
         plan.spec.non_finite = NON_FINITE[self.options.non_finite]
+        plan.spec.acks = ACKS[self.options.acks]
         return Table(plan, settings)
 
     def _settings_of(self, index: int) -> Callable[[], Mapping[str, Value]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from paramesh.async_client import READ_TIMEOUT_S, AsyncClient
 from paramesh.config import ClientConfig
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
-from paramesh.errors import refuse
+from paramesh.errors import ConfigError, refuse
 from paramesh.io import IoThread
 from paramesh.routing import PartitionLayout, cut
 from paramesh.v1 import parameter_server_pb2 as ps
@@ -79,6 +79,7 @@ class Client:
         optimizer: str = "SGD",
         hyper_parameters: Mapping[str, float] | None = None,
         partition_bytes: int = 0,
+        acks: str = "isr",
     ) -> None:
         """Create a dense table with first values; nothing happens if it is there already.
 
@@ -88,6 +89,7 @@ class Client:
             optimizer: class name, such as "SGD".
             hyper_parameters: numbers, such as {"lr": 0.1}.
             partition_bytes: bound on a partition; 0: 32 MiB.
+            acks: "isr", or "primary": pushes are acknowledged by one server, and may be lost with it.
 
         Raises:
             StateRefused: SCHEMA, if it exists with another schema.
@@ -104,6 +106,7 @@ class Client:
                 ],
             ),
             partition_bytes=partition_bytes,
+            acks=_acks(acks),
         )
         known = name in self.tables()
         self._run(self._client.create_table(spec), f"creating table {name!r}")
@@ -254,3 +257,11 @@ def connect(coordinators: str, job: str = "default", *, timeout: float = 30.0) -
     client = io.run(AsyncClient.connect(coordinators, job, role="tool", timeout=timeout), timeout + 5, "a coordinator")
     heart = io.submit(beat(client, ClientConfig(coordinators=coordinators, job=job)))
     return Client(client, heart)
+
+
+def _acks(acks: str) -> pb.Acks.ValueType:
+    from paramesh.options import ACKS
+
+    if acks not in ACKS:
+        raise ConfigError(f"acks={acks!r} must be one of {', '.join(map(repr, ACKS))}")
+    return ACKS[acks]

@@ -6,6 +6,7 @@ start, and names floors that the next pull must reflect.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from paramesh.v1 import ledger_pb2, types_pb2
 if TYPE_CHECKING:
     from paramesh.membership import Session
 
+log = logging.getLogger(__name__)
+
 
 class AsyncExchange(Exchange):
     """One group in async or ssp mode; `position` is this worker's own clock."""
@@ -28,6 +31,8 @@ class AsyncExchange(Exchange):
         super().__init__(session, settings, tables)
         self._floors: dict[int, tuple[int, int]] = {}
         """partition -> (epoch, lsn) that the next pull must at least reflect."""
+        self._lost = 0
+        """Acknowledged updates of this worker that were lost with a server in the last step (acks="primary")."""
 
     def pull_now(self, position: ledger_pb2.GroupPosition) -> None:
         """Pulls the newest values, and takes the clock that the ledger gave."""
@@ -59,6 +64,12 @@ class AsyncExchange(Exchange):
             self.session.small_state.cut.stepped(answer.checkpoint, clock + 1, answer.chief)
         for table, current, _ in changes:
             table.sent = current
+        if self._lost:
+            log.warning(
+                "lost updates=%d group=%s: acknowledged by a server that is gone", self._lost, self.settings.name
+            )
+            for table in self.tables:  # settings may have been lost with them
+                table.sent = {}
         self.position = clock + 1
         return Outcome(clock, skipped=contribution.skip)
 
@@ -73,6 +84,7 @@ class AsyncExchange(Exchange):
             outcomes = await self.client.push_sequenced(
                 encoded, settings, skip=contribution.skip, grad_scale=self._clip(contribution)
             )
+        self._lost = sum(outcome.lost for outcome in outcomes.values())
         for partition, outcome in outcomes.items():
             request.floors.add(partition=partition, epoch=outcome.epoch, lsn=outcome.lsn)
             self._raise_floor(partition, outcome.epoch, outcome.lsn)

@@ -72,6 +72,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         non_finite: What a NaN or infinity in this worker's gradient does in a cluster. "reject" (default):
             `step()` raises and nothing has changed. "skip": the step is skipped as one with an inf under
             AMP, in async and ssp only this worker's. "allow": it is applied, as torch does; alone always.
+        acks: When an update is acknowledged in async mode. "isr" (default): when every in-sync replica has it.
+            "primary": when one server has it; a lost server may cost its last updates, which are counted.
 
     Raises:
         UnsupportedOptimizer: UNSUPPORTED_OPTIMIZER, naming the optimizer and what is supported.
@@ -96,6 +98,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         name: str | None = None,
         partition_bytes: int | None = None,
         non_finite: str = "reject",
+        acks: str = "isr",
     ):
         _check_arguments(optimizer, model)
         session = current()
@@ -114,6 +117,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             name=name,
             partition_bytes=partition_bytes,
             non_finite=non_finite,
+            acks=acks,
         )
         check_supported(optimizer, options.mode)
         self._attachment: Attachment | None = None

@@ -44,6 +44,13 @@ NON_FINITE: dict[str, types_pb2.NonFinite.ValueType] = {
 """What `non_finite=` takes, as a table's schema has it."""
 
 
+ACKS: dict[str, types_pb2.Acks.ValueType] = {
+    "isr": types_pb2.ACKS_UNSPECIFIED,
+    "primary": types_pb2.ACKS_PRIMARY,
+}
+"""What `acks=` takes, as a table's schema has it."""
+
+
 def check_supported(optimizer: torch.optim.Optimizer, mode: str) -> None:
     """Refuses an optimizer that servers cannot run.
 
@@ -93,12 +100,18 @@ class Options:
     name: str | None = None
     partition_bytes: int | None = None
     non_finite: str = "reject"
+    acks: str = "isr"
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
         _one_of("sync_buffers", self.sync_buffers, (None, "mean"))
         _one_of("non_finite", self.non_finite, tuple(NON_FINITE))
+        _one_of("acks", self.acks, tuple(ACKS))
+        if self.acks != "isr" and self.mode != "async":
+            raise ConfigError(
+                f"acks={self.acks!r} belongs to mode='async', not to mode={self.mode!r}: there a step counts"
+            )
         _whole("staleness", self.staleness, 0)
         _whole("every", self.every, 1)
         _whole("backup_workers", self.backup_workers, 0)

@@ -151,6 +151,8 @@ def validate_spec(spec: pb.TableSpec) -> None:
         raise refuse("QUOTA", f"partition_bytes {spec.partition_bytes} is below {ALIGN * 8}")
     if spec.non_finite not in pb.NonFinite.values():
         raise refuse("UNIMPLEMENTED", f"table {spec.name!r}: no policy non_finite={spec.non_finite} in this release")
+    if spec.acks not in pb.Acks.values():
+        raise refuse("UNIMPLEMENTED", f"table {spec.name!r}: no acks={spec.acks} in this release")
     if not spec.optimizer.class_name:
         raise refuse("MISSING_FIELD", f"table {spec.name!r} names no optimizer class")
     if spec.optimizer.class_name not in OPTIMIZERS:
@@ -180,6 +182,8 @@ def schema_digest(spec: pb.TableSpec) -> bytes:
     digest.update(repr((spec.name, spec.group, spec.optimizer.class_name, spec.partition_bytes)).encode())
     if spec.non_finite:  # else as before there was such a field: digests are kept
         digest.update(repr(("non_finite", int(spec.non_finite))).encode())
+    if spec.acks:
+        digest.update(repr(("acks", int(spec.acks))).encode())
     for tensor in spec.tensors:
         digest.update(repr((tensor.name, tuple(tensor.shape), int(tensor.dtype))).encode())
     return digest.digest()

@@ -89,6 +89,8 @@ def _difference(row: TableRow, spec: pb.TableSpec) -> str:
         return f"optimizer {old.optimizer.class_name} there, {spec.optimizer.class_name} here"
     if old.non_finite != spec.non_finite:
         return f"non_finite {_policy(old)} there, {_policy(spec)} here"
+    if old.acks != spec.acks:
+        return f"acks {pb.Acks.Name(old.acks)} there, {pb.Acks.Name(spec.acks)} here"
     return "group or partition_bytes differ"
 
 

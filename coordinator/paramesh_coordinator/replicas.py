@@ -18,10 +18,21 @@ from paramesh_coordinator import moves, operators
 from paramesh_coordinator.balance import Load, follower
 from paramesh_coordinator.catalog import loads_of
 from paramesh_coordinator.failover import promoted_row, settle
-from paramesh_coordinator.rows import MoveRow, NodeState, PartitionRow, PartitionState, Ref, ServerRow
+from paramesh_coordinator.rows import LossRow, MoveRow, NodeState, PartitionRow, PartitionState, Ref, ServerRow
 from paramesh_coordinator.state import Draft, Dropped, Senses
 
-__all__ = ["Change", "Limits", "Wish", "adopt", "change_isr", "is_even", "plan", "plan_replicas", "promote_with_loss"]
+__all__ = [
+    "Change",
+    "Limits",
+    "Wish",
+    "adopt",
+    "change_isr",
+    "is_even",
+    "note_losses",
+    "plan",
+    "plan_replicas",
+    "promote_with_loss",
+]
 
 REST_SECONDS = 2.0
 """A server that a primary has dropped is not made its learner again before: whatever made it
@@ -68,6 +79,24 @@ def change_isr(draft: Draft, asking: Ref, wishes: Sequence[Wish]) -> list[int]:
         )  # fmt: skip
         done.append(part.partition)
     return done
+
+
+def note_losses(draft: Draft, asking: Ref, losses: Mapping[int, int]) -> None:
+    """Write down acknowledged updates that went with a primary (acks=primary), and tell each total once.
+
+    Args:
+        draft: the decision.
+        asking: who says so; only a partition's primary is believed.
+        losses: total by partition, since it was made.
+    """
+    known = {row.partition: row.total for row in draft.rows(LossRow)}
+    for partition, total in sorted(losses.items()):
+        part = draft.partition(partition)
+        if part is None or part.primary != asking or total <= known.get(partition, 0):
+            continue
+        draft.put(LossRow(partition, total))
+        lost = total - known.get(partition, 0)
+        draft.audit("updates_lost", str(partition), lost=lost, total=total, primary=str(asking), epoch=part.epoch)
 
 
 def _names(refs: Iterable[Ref]) -> list[str]:

@@ -26,6 +26,7 @@ from paramesh_coordinator.failover import promoted_row
 from paramesh_coordinator.rows import (
     ClientRow,
     ClientState,
+    LossRow,
     MoveRow,
     OperationRow,
     PartitionRow,
@@ -76,7 +77,7 @@ def begin(draft: Draft, manifest: ClusterManifest, location: str) -> None:
     """
     job = draft.job
     old: list[Row] = [*draft.rows(PartitionRow), *draft.rows(TableRow)]
-    for row in [*old, *draft.rows(OperationRow), *draft.rows(MoveRow)]:
+    for row in [*old, *draft.rows(OperationRow), *draft.rows(LossRow), *draft.rows(MoveRow)]:
         draft.delete(row)
     for client in draft.rows(ClientRow):
         if client.state is ClientState.LIVE:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 __all__ = [
-    "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "MoveRow", "MoveStage", "NodeState", "OperationRow",
-    "PartitionRow", "PartitionState", "Ref", "Row", "ServerRow", "Stage", "TableRow", "decode", "encode", "moved",
+    "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "LossRow", "MoveRow", "MoveStage", "NodeState",
+    "OperationRow", "PartitionRow", "PartitionState", "Ref", "Row", "ServerRow", "Stage", "TableRow", "decode",
+    "encode", "moved",
 ]  # fmt: skip
 
 
@@ -333,6 +334,21 @@ class OperationRow:
 
 
 @dataclass(frozen=True)
+class LossRow:
+    """Acknowledged updates of a partition that were lost with primaries (acks=primary)."""
+
+    PREFIX: ClassVar[str] = "loss/"
+
+    partition: int
+    total: int
+
+    @property
+    def key(self) -> str:
+        """Where it is stored."""
+        return f"{self.PREFIX}{self.partition:010d}"
+
+
+@dataclass(frozen=True)
 class MoveRow:
     """One replica on its way from one server to another; or the primary's role, without any copying."""
 
@@ -388,7 +404,7 @@ def event_key(event: int) -> str:
     return f"{EventRow.PREFIX}{event:020d}"
 
 
-Row = JobRow | ServerRow | HostRow | ClientRow | TableRow | PartitionRow | OperationRow | MoveRow | EventRow
+Row = JobRow | ServerRow | HostRow | ClientRow | TableRow | PartitionRow | OperationRow | LossRow | MoveRow | EventRow
 _CLASSES: tuple[type[Row], ...] = typing.get_args(Row)
 _HINTS = {cls: {n: h for n, h in typing.get_type_hints(cls).items() if n != "PREFIX"} for cls in _CLASSES}
 

@@ -271,6 +271,14 @@ class ReplicasService(ReplicasServicer):
         done = await self._driver.decide(lambda draft: replicas.change_isr(draft, asking, wishes))
         return co.ChangeIsrResponse(done=done, map=self._driver.feed.current)
 
+    async def ReportLoss(self, request: co.ReportLossRequest, context: Context) -> co.ReportLossResponse:
+        """Write down what was lost; it is told once."""
+        check(self._driver, request.request)
+        losses = {loss.partition: loss.total for loss in request.losses}
+        asking = _ref(request.primary)
+        await self._driver.decide(lambda draft: replicas.note_losses(draft, asking, losses))
+        return co.ReportLossResponse()
+
 
 def _ref(ref: pb.ReplicaRef) -> Ref:
     return Ref(ref.node, ref.incarnation)

@@ -25,6 +25,7 @@ from paramesh_coordinator.rows import (
     EventRow,
     HostRow,
     JobRow,
+    LossRow,
     MoveRow,
     NodeState,
     OperationRow,
@@ -120,7 +121,7 @@ class Senses:
     """(partition, server) -> seconds since its primary took it out of the in-sync set."""
 
 
-RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, MoveRow)
+RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, LossRow, MoveRow)
 
 
 class ClusterState:
@@ -129,7 +130,7 @@ class ClusterState:
     def __init__(self, job: JobRow):
         self.job = job
         self._rows: dict[type[Row], dict[str, Row]] = {
-            cls: {} for cls in (ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, MoveRow)
+            cls: {} for cls in (ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, LossRow, MoveRow)
         }
 
     @classmethod

@@ -278,6 +278,7 @@ def _restore(partition: Partition, data: bytes, file: cp.CutFile, last_client: i
     if file.has_applied_step:
         state.applied_step = file.applied_step
     del state.clients[:], state.fenced[:]
+    state.lost = 0  # told, and of a generation that is over
     state.fenced_through = max(state.fenced_through, last_client)
     state.epoch = partition.epoch
     partition.restore(state, [_frame(partition, part) for part in parts])

@@ -127,6 +127,19 @@ class Dedup:
         """The entry of a push that `admit` called a duplicate."""
         return self._clients[client].entries[seq]
 
+    def last(self, client: int) -> int:
+        """The last seq of a client that was applied or passed over; 0 if none was."""
+        known = self._clients.get(client)
+        return known.last if known is not None else 0
+
+    def pass_over(self, client: int, through: int) -> int:
+        """Take a client's numbers up to `through` as used up, by updates that were lost; how many those are."""
+        known = self._clients.setdefault(client, _Client())
+        lost = max(0, through - known.last)
+        known.last += lost
+        known.entries = {seq: entry for seq, entry in known.entries.items() if seq > known.last - WINDOW}
+        return lost
+
     def record(self, client: int, seq: int, entry: Entry) -> None:
         """Remember an applied push; `admit` called it new."""
         known = self._clients.setdefault(client, _Client())

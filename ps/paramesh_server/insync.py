@@ -33,6 +33,19 @@ SILENT_S = 2.0
 """Seconds without an acknowledgement that is owed, after which a follower leaves the set:
 the failure timeout, so that a stall is no longer than a detection."""
 
+EARLY_RECORDS = 256
+"""Records that a primary may acknowledge before its followers have them (acks=primary): at most so many go with it."""
+
+EARLY_BYTES = 64 << 20
+"""Bytes of such records, where there are more than `EARLY_ANYWAY` of them: they wait in memory."""
+
+EARLY_ANYWAY = 4
+"""Such records of any size: fewer would be no different from waiting."""
+
+EARLY_S = 1.0
+"""Seconds after a follower's last acknowledgement in which a primary acknowledges by itself: one that is cut off,
+or was stopped for longer, must not go on for a client that cannot know. Half of the failure timeout."""
+
 REPEAT_S = 0.5
 """Seconds after which an unanswered wish is asked again, the same."""
 
@@ -94,6 +107,8 @@ class InSync:
         self._joining: set[Ref] = set()
         """Learners that are waited for already, and not asked for yet."""
         self._acked: dict[Ref, int] = {}
+        self._heard: dict[Ref, float] = {}
+        """When each acknowledged anything last."""
         self._since: dict[Ref, float] = {}
         """Since when each owes an acknowledgement, or when it last gave one."""
 
@@ -149,6 +164,7 @@ class InSync:
         for ref in set(self._acked) - self.followers:
             del self._acked[ref]
             self._since.pop(ref, None)
+            self._heard.pop(ref, None)
 
     def appended(self, lsn: int, now: float) -> None:
         """A record is in the log here."""
@@ -170,6 +186,7 @@ class InSync:
         """
         if ref not in self.followers or (ref in self.learners and version not in (None, self._version)):
             return
+        self._heard[ref] = now
         if lsn > self._acked.get(ref, 0) or lsn >= self.last:
             self._since[ref] = now
         self._acked[ref] = max(lsn, self._acked.get(ref, 0))
@@ -184,6 +201,18 @@ class InSync:
 
     def _advance(self) -> None:
         self.commit = max(self.commit, min(self.held, self.last))
+
+    def early(self, lsn: int, nbytes: int, now: float) -> bool:
+        """Whether a record may be acknowledged before the followers have it (acks=primary).
+
+        Args:
+            lsn: the record.
+            nbytes: of all records that they lack.
+            now: seconds.
+        """
+        if lsn - self.commit > EARLY_RECORDS or (nbytes > EARLY_BYTES and lsn - self.commit > EARLY_ANYWAY):
+            return False
+        return all(ref in self._heard and now - self._heard[ref] < EARLY_S for ref in self._waiting())
 
     def wish(self, now: float) -> Wish | None:
         """What to ask the coordinator for now; the same again while the outcome is unknown."""

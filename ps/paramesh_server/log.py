@@ -187,6 +187,14 @@ class Log:
                 return None
             return list(itertools.islice(self._records, lsn + 1 - first, None))
 
+    def bytes_after(self, lsn: int) -> int:
+        """Payload bytes that are kept of records with a number above `lsn`."""
+        with self.lock:
+            total, left = 0, self.lsn - lsn
+            for record in itertools.islice(reversed(self._records), left):
+                total += record.nbytes
+            return total
+
     def holds(self, at: Position) -> bool:
         """Whether this log has a record of that number and epoch; so it agrees up to there."""
         with self.lock:

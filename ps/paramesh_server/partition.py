@@ -27,6 +27,7 @@ from paramesh_server.dedup import Digest, Entry, Verdict, fold
 from paramesh_server.finite import APPLY_ALL
 from paramesh_server.partition_state import PartitionState
 from paramesh_server.records import (
+    LOST,
     assign_body,
     noop_body,
     push_body,
@@ -202,6 +203,7 @@ class Partition(PartitionState):
                 with the payload (then a NOOP has taken its place).
         """
         self.check_ready()
+        lost = self.take_loss(client, min(update.acked, update.seq - 1))
         digest: Digest = (
             fold(contribution.reason, str(contribution))
             if isinstance(contribution, ParameshError)
@@ -231,7 +233,24 @@ class Partition(PartitionState):
         )
         self.dedup.record(client, update.seq, Entry(digest, header.lsn))
         self.pushes += 1
-        return Outcome(header.lsn)
+        return Outcome(header.lsn, lost=lost)
+
+    def take_loss(self, client: int, acked: int) -> int:
+        """Hear from a client what it knows to be acknowledged; what is not here was lost with a primary.
+
+        Only updates that a primary acknowledged by itself can be (`acks_primary`). Their numbers are used up, in
+        every replica, so that those that follow fit.
+
+        Returns:
+            How many were found lost now.
+        """
+        if not self.acks_primary or acked <= self.dedup.last(client) or self.dedup.fenced(client):
+            return 0
+        made = self._made(partial(noop_body, b"", LOST, ""))
+        self._append(rp.RECORD_KIND_NOOP, made, client_id=client, seq=acked)
+        lost = self.dedup.pass_over(client, acked)
+        self.lost += lost
+        return lost
 
     def _again(self, client: int, seq: int) -> Outcome:
         self.duplicates += 1

@@ -28,6 +28,7 @@ from paramesh_server.finite import passes
 from paramesh_server.log import Log, Position, Record, RecordHeader
 from paramesh_server.optimizer import PartitionOptimizer, Setting
 from paramesh_server.records import (
+    LOST,
     Made,
     read_assign,
     read_noop,
@@ -80,6 +81,10 @@ class PartitionState:
         """Sequenced updates recognised as applied before; for people."""
         self.non_finite = 0
         """Sequenced updates skipped for a NaN or an infinity; for people."""
+        self.lost = 0
+        """Acknowledged updates that were lost with primaries, as far as their clients told."""
+        self.acks_primary = spec.acks == pb.ACKS_PRIMARY
+        """Updates are acknowledged before followers have them."""
         self._policy = spec.non_finite
         self._group = 0
         """The ledger's number of the table's group, from the first decision or put."""
@@ -213,6 +218,8 @@ class PartitionState:
             self.pushes += 1
         elif header.kind == rp.RECORD_KIND_MARK:
             self._check_mark(record)
+        elif body == "noop" and record.body.noop.reason == LOST:
+            self.lost += self.dedup.pass_over(header.client_id, header.seq)
         elif body == "noop":
             self.dedup.record(header.client_id, header.seq, read_noop(record))
         elif body == "decided":
@@ -271,6 +278,7 @@ class PartitionState:
             settings=hyper.to_protos(self.optimizer.settings),
             pushes=self.pushes,
             duplicates=self.duplicates,
+            lost=self.lost,
         )
         self.dedup.capture(state)
         return state
@@ -287,7 +295,7 @@ class PartitionState:
             self._write(writes, state.init_attempt)
         self.dedup = Dedup.restored(state)
         self.applied_step, self._group, self._trained = state.applied_step, state.group, state.trained
-        self.pushes, self.duplicates = state.pushes, state.duplicates
+        self.pushes, self.duplicates, self.lost = state.pushes, state.duplicates, state.lost
         self.log.reset(Position(state.lsn, state.epoch))
 
     def cut(self) -> list[SlotBytes]:

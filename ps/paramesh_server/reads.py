@@ -62,7 +62,7 @@ class Reads:
                 encoded = await self._at_step(held, request, kind)
             else:
                 encoded = await self._above_floor(held, asked, request, kind, deadline)
-            await held.released(encoded.at.lsn, formed.reign)
+            await held.released(encoded.at.lsn, formed.reign, early=held.early)
             return encoded.messages
         except Exception as error:
             detail = await self._plane.refusal(error, formed, asked.partition)
@@ -88,6 +88,9 @@ class Reads:
         partition = held.partition
         if request.committed:
             await held.lead(lambda: held.partition.commit(list(request.committed)))
+        client = request.request.client_id
+        if held.early and asked.acked_through > partition.dedup.last(client):
+            await held.lead(lambda: held.partition.take_loss(client, asked.acked_through))
         if asked.floor_epoch > partition.epoch:
             # Seen at a newer primary: what is here may lack it, however high its numbers are.
             raise refuse(

@@ -25,6 +25,9 @@ from paramesh_server.requests import Update
 from paramesh_server.staging import Contribution, FrameBytes, unpack_presence
 from paramesh_server.writes import SlotFrame
 
+LOST = "LOST"
+"""Reason of a NOOP that stands for acknowledged updates which went with a primary: up to its seq."""
+
 Made = tuple[rp.LogRecord, Sequence[Buffer]]
 """A record's body and its payload."""
 

@@ -167,6 +167,12 @@ class Replica:
             self.insync.appended(self.machine.log.lsn, now)
             self.trim()
 
+    def early(self, lsn: int, now: float) -> bool:
+        """Whether a record may be acknowledged before the followers have it, if the table allows that."""
+        if not self.serving:
+            return False
+        return self.insync.early(lsn, self.machine.log.bytes_after(self.insync.commit), now)
+
     def trim(self) -> None:
         """Let go of payloads that nobody needs any more."""
         held = self.insync.held if self.role is Role.PRIMARY else self._commit

@@ -27,6 +27,8 @@ class Update:
     skip: bool = False
     scale: float = 1.0
     """Multiplies the gradient."""
+    acked: int = 0
+    """The last seq that the client knows to be acknowledged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +39,5 @@ class Outcome:
     duplicate: bool = False
     held: bool = False
     """An earlier push is missing: ask again when the partition has changed."""
+    lost: int = 0
+    """Acknowledged updates of this client that were found lost with a primary."""

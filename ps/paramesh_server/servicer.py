@@ -52,14 +52,16 @@ class Formed(NamedTuple):
 
     held: Held
     reign: int
+    early: bool = False
+    """The answer is about an update that its table acknowledges early."""
 
     async def released(self) -> None:
-        """Wait until all that the replica has appended so far is committed.
+        """Wait until all that the replica has appended so far is committed, or may be shown.
 
         Raises:
             Retryable: NOT_PRIMARY, NOT_ENOUGH_REPLICAS.
         """
-        await self.held.released(self.held.partition.log.lsn, self.reign)
+        await self.held.released(self.held.partition.log.lsn, self.reign, early=self.early)
 
 
 class DataPlane:
@@ -178,10 +180,11 @@ class DataPlane:
         formed: Formed | None = None
         try:
             held = await self.find(incoming.first.partition, incoming.first.epoch)
-            formed = Formed(held, held.replica.reign)
+            sequenced = isinstance(incoming.first, ps.PushHeader) and incoming.first.HasField("sequenced")
+            formed = Formed(held, held.replica.reign, sequenced and held.early)
             outcome = await handle(held, client, incoming)
             partition = held.partition
-            answer.lsn, answer.duplicate = outcome.lsn, outcome.duplicate
+            answer.lsn, answer.duplicate, answer.lost = outcome.lsn, outcome.duplicate, outcome.lost
             answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
             await formed.released()  # also what it says of steps must be in every log
             self._counters.duplicates += outcome.duplicate
@@ -244,12 +247,12 @@ class DataPlane:
 
     async def _update(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, key = held.partition, incoming.first.sequenced
-        update = Update(key.seq, {}, key.skip)
+        update = Update(key.seq, {}, key.skip, acked=key.acked_through)
         contribution: Contribution | ParameshError
         try:
             if incoming.error is not None:
                 raise incoming.error
-            update = Update(key.seq, _changes(partition, key), key.skip, _scale(key))
+            update = Update(key.seq, _changes(partition, key), key.skip, _scale(key), key.acked_through)
             contribution = await held.compute(partial(contribution_of, partition.layout, incoming))
         except ParameshError as error:
             if error.reason not in CONSUMED:
@@ -367,4 +370,5 @@ def _info(partition: Partition, state_hash: bool) -> ps.PartitionInfo:
         pushes=partition.pushes,
         duplicates=partition.duplicates,
         initialising=partition.initialising,
+        lost=partition.lost,
     )

@@ -166,12 +166,13 @@ class Slot:
         # The event of now, not that of when a task gets to run: what moves in between would be missed.
         return _within(self._moved, timeout)
 
-    async def released(self, lsn: int, reign: int) -> None:
+    async def released(self, lsn: int, reign: int, *, early: bool = False) -> None:
         """Wait until a record is in the log of every replica that may be in sync.
 
         Args:
             lsn: the last record that an answer reflects.
             reign: `replica.reign` from before the answer was formed.
+            early: or until so little is missing there that acks=primary may do without.
 
         Raises:
             Retryable: NOT_PRIMARY, if this replica is deposed meanwhile: its answer may be
@@ -182,7 +183,7 @@ class Slot:
             self.check_primary()
             if self.replica.reign != reign:  # deposed and promoted again: that record may be another one now
                 raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile", partition=self.number)
-            if self.replica.insync.commit >= lsn:
+            if self.replica.insync.commit >= lsn or (early and self.replica.early(lsn, time.monotonic())):
                 return
             if time.monotonic() >= deadline:
                 names = ", ".join(self.replica.insync.waiting_for())
@@ -225,6 +226,11 @@ class Held(Slot):
         machine = self.replica.machine
         assert isinstance(machine, Partition)
         return machine
+
+    @property
+    def early(self) -> bool:
+        """Whether updates are acknowledged, and values shown, before followers have them."""
+        return self.partition.acks_primary
 
     @property
     def small(self) -> bool:

@@ -20,7 +20,7 @@ from paramesh.v1.coordinator_pb2_grpc import ReplicasStub
 
 from paramesh_server.insync import Ref
 from paramesh_server.replica import Role
-from paramesh_server.shards import Slot
+from paramesh_server.shards import Held, Slot
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Wishes:
         self._link = link
         self._slots = slots
         self._task: asyncio.Task[None] | None = None
+        self._told: dict[tuple[int, int], int] = {}
+        """What was lost, as the coordinator knows it; by (generation, partition)."""
 
     def start(self) -> None:
         """Begin to look."""
@@ -69,10 +71,13 @@ class Wishes:
 
     async def _run(self) -> None:
         while True:
-            changes = self._collect()
-            if changes:
+            changes, losses = self._collect(), self._losses()
+            if changes or losses:
                 try:
-                    await self._ask(changes)
+                    if changes:
+                        await self._ask(changes)
+                    if losses:
+                        await self._report(losses)
                 except ParameshError as error:
                     log.warning("in-sync sets wait for the coordinator reason=%s: %s", error.reason, error)
                 except Exception:
@@ -95,6 +100,29 @@ class Wishes:
                     co.IsrChange(partition=slot.number, epoch=epoch, version=wish.version, isr=isr, why=wish.why)
                 )
         return changes
+
+    def _losses(self) -> list[co.PartitionLoss]:
+        """What the coordinator has yet to hear of; only what is committed, and so stays true."""
+        losses = []
+        for slot in self._slots():
+            if isinstance(slot, Held) and slot.partition.lost > self._told.get((self._generation(), slot.number), 0):
+                replica = slot.replica
+                if replica.serving and replica.commit >= replica.machine.log.lsn:
+                    losses.append(
+                        co.PartitionLoss(partition=slot.number, epoch=slot.partition.epoch, total=slot.partition.lost)
+                    )
+        return losses
+
+    async def _report(self, losses: list[co.PartitionLoss]) -> None:
+        request = co.ReportLossRequest(
+            request=header(self._job, self._generation()), primary=self._me.proto(), losses=losses
+        )
+        await self._link.call(
+            lambda channel: ReplicasStub(channel).ReportLoss(request, timeout=CALL_S), CALL_S, "reporting a loss"
+        )
+        for loss in losses:
+            self._told[request.request.generation, loss.partition] = loss.total
+            log.error("partition=%d lost=%d acknowledged updates went with a primary", loss.partition, loss.total)
 
     async def _ask(self, changes: list[co.IsrChange]) -> None:
         request = co.ChangeIsrRequest(

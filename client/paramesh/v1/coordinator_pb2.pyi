@@ -1169,6 +1169,65 @@ class ChangeIsrRequest(google.protobuf.message.Message):
 global___ChangeIsrRequest = ChangeIsrRequest
 
 @typing.final
+class PartitionLoss(google.protobuf.message.Message):
+    """PartitionLoss is what a partition has lost."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    epoch: builtins.int
+    total: builtins.int
+    """total counts updates since the partition was made."""
+    def __init__(
+        self,
+        *,
+        partition: builtins.int = ...,
+        epoch: builtins.int = ...,
+        total: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "partition", b"partition", "total", b"total"]) -> None: ...
+
+global___PartitionLoss = PartitionLoss
+
+@typing.final
+class ReportLossRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    PRIMARY_FIELD_NUMBER: builtins.int
+    LOSSES_FIELD_NUMBER: builtins.int
+    @property
+    def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    @property
+    def primary(self) -> paramesh.v1.types_pb2.ReplicaRef: ...
+    @property
+    def losses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PartitionLoss]: ...
+    def __init__(
+        self,
+        *,
+        request: paramesh.v1.types_pb2.RequestHeader | None = ...,
+        primary: paramesh.v1.types_pb2.ReplicaRef | None = ...,
+        losses: collections.abc.Iterable[global___PartitionLoss] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["primary", b"primary", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["losses", b"losses", "primary", b"primary", "request", b"request"]) -> None: ...
+
+global___ReportLossRequest = ReportLossRequest
+
+@typing.final
+class ReportLossResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ReportLossResponse = ReportLossResponse
+
+@typing.final
 class ChangeIsrResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -599,6 +599,11 @@ class ReplicasStub(object):
                 request_serializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.SerializeToString,
                 response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.FromString,
                 _registered_method=True)
+        self.ReportLoss = channel.unary_unary(
+                '/paramesh.v1.Replicas/ReportLoss',
+                request_serializer=paramesh_dot_v1_dot_coordinator__pb2.ReportLossRequest.SerializeToString,
+                response_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ReportLossResponse.FromString,
+                _registered_method=True)
 
 
 class ReplicasServicer(object):
@@ -615,6 +620,14 @@ class ReplicasServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportLoss(self, request, context):
+        """ReportLoss says how many acknowledged updates of partitions with ACKS_PRIMARY were lost with
+        primaries, ever. Repeatable: a total that is known already changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicasServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -622,6 +635,11 @@ def add_ReplicasServicer_to_server(servicer, server):
                     servicer.ChangeIsr,
                     request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.FromString,
                     response_serializer=paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.SerializeToString,
+            ),
+            'ReportLoss': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportLoss,
+                    request_deserializer=paramesh_dot_v1_dot_coordinator__pb2.ReportLossRequest.FromString,
+                    response_serializer=paramesh_dot_v1_dot_coordinator__pb2.ReportLossResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -654,6 +672,33 @@ class Replicas(object):
             '/paramesh.v1.Replicas/ChangeIsr',
             paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrRequest.SerializeToString,
             paramesh_dot_v1_dot_coordinator__pb2.ChangeIsrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportLoss(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paramesh.v1.Replicas/ReportLoss',
+            paramesh_dot_v1_dot_coordinator__pb2.ReportLossRequest.SerializeToString,
+            paramesh_dot_v1_dot_coordinator__pb2.ReportLossResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -304,6 +304,14 @@ class ReplicasStub:
     row that has changed is left alone.
     """
 
+    ReportLoss: grpc.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ReportLossRequest,
+        paramesh.v1.coordinator_pb2.ReportLossResponse,
+    ]
+    """ReportLoss says how many acknowledged updates of partitions with ACKS_PRIMARY were lost with
+    primaries, ever. Repeatable: a total that is known already changes nothing.
+    """
+
 class ReplicasAsyncStub:
     """Replicas is how primaries change in-sync sets.
 
@@ -316,6 +324,14 @@ class ReplicasAsyncStub:
     ]
     """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
     row that has changed is left alone.
+    """
+
+    ReportLoss: grpc.aio.UnaryUnaryMultiCallable[
+        paramesh.v1.coordinator_pb2.ReportLossRequest,
+        paramesh.v1.coordinator_pb2.ReportLossResponse,
+    ]
+    """ReportLoss says how many acknowledged updates of partitions with ACKS_PRIMARY were lost with
+    primaries, ever. Repeatable: a total that is known already changes nothing.
     """
 
 class ReplicasServicer(metaclass=abc.ABCMeta):
@@ -332,6 +348,16 @@ class ReplicasServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[paramesh.v1.coordinator_pb2.ChangeIsrResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.ChangeIsrResponse]]:
         """ChangeIsr replaces in-sync sets, each if its row has not changed since. Repeatable: a
         row that has changed is left alone.
+        """
+
+    @abc.abstractmethod
+    def ReportLoss(
+        self,
+        request: paramesh.v1.coordinator_pb2.ReportLossRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[paramesh.v1.coordinator_pb2.ReportLossResponse, collections.abc.Awaitable[paramesh.v1.coordinator_pb2.ReportLossResponse]]:
+        """ReportLoss says how many acknowledged updates of partitions with ACKS_PRIMARY were lost with
+        primaries, ever. Repeatable: a total that is known already changes nothing.
         """
 
 def add_ReplicasServicer_to_server(servicer: ReplicasServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -48,12 +48,17 @@ class SequenceKey(google.protobuf.message.Message):
     HYPER_PARAMETERS_FIELD_NUMBER: builtins.int
     SKIP_FIELD_NUMBER: builtins.int
     GRAD_SCALE_FIELD_NUMBER: builtins.int
+    ACKED_THROUGH_FIELD_NUMBER: builtins.int
     seq: builtins.int
     """seq is contiguous from 1. SEQ_GAP, SEQ_REUSED, SEQ_TOO_OLD, SEQ_TOO_FAR if not."""
     skip: builtins.bool
     """skip makes it a NOOP (an inf under AMP)."""
     grad_scale: builtins.float
     """grad_scale multiplies the gradient before it is applied. Zero: 1."""
+    acked_through: builtins.int
+    """acked_through is the last seq that this partition acknowledged to the client. With ACKS_PRIMARY a
+    new primary that lacks some up to it counts them as lost and goes on behind it.
+    """
     @property
     def hyper_parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.TableHyperParameters]:
         """hyper_parameters are those that changed since this client's last update."""
@@ -65,8 +70,9 @@ class SequenceKey(google.protobuf.message.Message):
         hyper_parameters: collections.abc.Iterable[paramesh.v1.types_pb2.TableHyperParameters] | None = ...,
         skip: builtins.bool = ...,
         grad_scale: builtins.float = ...,
+        acked_through: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["grad_scale", b"grad_scale", "hyper_parameters", b"hyper_parameters", "seq", b"seq", "skip", b"skip"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acked_through", b"acked_through", "grad_scale", b"grad_scale", "hyper_parameters", b"hyper_parameters", "seq", b"seq", "skip", b"skip"]) -> None: ...
 
 global___SequenceKey = SequenceKey
 
@@ -160,6 +166,7 @@ class PartitionOutcome(google.protobuf.message.Message):
     DUPLICATE_FIELD_NUMBER: builtins.int
     APPLIED_STEP_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     lsn: builtins.int
@@ -168,6 +175,10 @@ class PartitionOutcome(google.protobuf.message.Message):
     """duplicate is true when it had been applied before."""
     applied_step: builtins.int
     """applied_step is how many steps the partition has applied (the next step's number)."""
+    lost: builtins.int
+    """lost are acknowledged updates of this client that turned out to be lost with a primary: settings
+    that came with them are not in force. Send all again.
+    """
     @property
     def error(self) -> paramesh.v1.types_pb2.ErrorDetail:
         """error is set when this partition refused."""
@@ -181,9 +192,10 @@ class PartitionOutcome(google.protobuf.message.Message):
         duplicate: builtins.bool = ...,
         applied_step: builtins.int = ...,
         error: paramesh.v1.types_pb2.ErrorDetail | None = ...,
+        lost: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "duplicate", b"duplicate", "epoch", b"epoch", "error", b"error", "lsn", b"lsn", "partition", b"partition"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "duplicate", b"duplicate", "epoch", b"epoch", "error", b"error", "lost", b"lost", "lsn", b"lsn", "partition", b"partition"]) -> None: ...
 
 global___PartitionOutcome = PartitionOutcome
 
@@ -215,12 +227,15 @@ class PartitionPull(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     FLOOR_LSN_FIELD_NUMBER: builtins.int
     FLOOR_EPOCH_FIELD_NUMBER: builtins.int
+    ACKED_THROUGH_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     floor_lsn: builtins.int
     """floor_lsn is what the answer must at least reflect. Zero: no floor."""
     floor_epoch: builtins.int
     """floor_epoch is the epoch under which floor_lsn was seen."""
+    acked_through: builtins.int
+    """acked_through is as in SequenceKey."""
     def __init__(
         self,
         *,
@@ -228,8 +243,9 @@ class PartitionPull(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         floor_lsn: builtins.int = ...,
         floor_epoch: builtins.int = ...,
+        acked_through: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "floor_epoch", b"floor_epoch", "floor_lsn", b"floor_lsn", "partition", b"partition"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acked_through", b"acked_through", "epoch", b"epoch", "floor_epoch", b"floor_epoch", "floor_lsn", b"floor_lsn", "partition", b"partition"]) -> None: ...
 
 global___PartitionPull = PartitionPull
 
@@ -666,6 +682,7 @@ class PartitionInfo(google.protobuf.message.Message):
     PUSHES_FIELD_NUMBER: builtins.int
     DUPLICATES_FIELD_NUMBER: builtins.int
     INITIALISING_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
     partition: builtins.int
     epoch: builtins.int
     lsn: builtins.int
@@ -679,6 +696,8 @@ class PartitionInfo(google.protobuf.message.Message):
     """pushes and duplicates count sequenced updates applied and recognised."""
     duplicates: builtins.int
     initialising: builtins.bool
+    lost: builtins.int
+    """lost are acknowledged updates that were lost with primaries (ACKS_PRIMARY), as far as their clients told."""
     def __init__(
         self,
         *,
@@ -693,8 +712,9 @@ class PartitionInfo(google.protobuf.message.Message):
         pushes: builtins.int = ...,
         duplicates: builtins.int = ...,
         initialising: builtins.bool = ...,
+        lost: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "duplicates", b"duplicates", "epoch", b"epoch", "initialising", b"initialising", "lsn", b"lsn", "optimizer_bytes", b"optimizer_bytes", "partition", b"partition", "pushes", b"pushes", "staged_bytes", b"staged_bytes", "state_hash", b"state_hash", "value_bytes", b"value_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "duplicates", b"duplicates", "epoch", b"epoch", "initialising", b"initialising", "lost", b"lost", "lsn", b"lsn", "optimizer_bytes", b"optimizer_bytes", "partition", b"partition", "pushes", b"pushes", "staged_bytes", b"staged_bytes", "state_hash", b"state_hash", "value_bytes", b"value_bytes"]) -> None: ...
 
 global___PartitionInfo = PartitionInfo
 

@@ -522,6 +522,7 @@ class ReplicaState(google.protobuf.message.Message):
     PUSHES_FIELD_NUMBER: builtins.int
     DUPLICATES_FIELD_NUMBER: builtins.int
     LEDGER_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
     lsn: builtins.int
     epoch: builtins.int
     """epoch is that of the record at lsn."""
@@ -534,6 +535,8 @@ class ReplicaState(google.protobuf.message.Message):
     duplicates: builtins.int
     ledger: builtins.bytes
     """ledger is the ledger's whole state, in its own coding; set for partition 0 only."""
+    lost: builtins.int
+    """lost are acknowledged updates that were lost with primaries."""
     @property
     def settings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[paramesh.v1.types_pb2.HyperParameter]: ...
     @property
@@ -556,8 +559,9 @@ class ReplicaState(google.protobuf.message.Message):
         pushes: builtins.int = ...,
         duplicates: builtins.int = ...,
         ledger: builtins.bytes = ...,
+        lost: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "clients", b"clients", "duplicates", b"duplicates", "epoch", b"epoch", "fenced", b"fenced", "fenced_through", b"fenced_through", "group", b"group", "init_attempt", b"init_attempt", "ledger", b"ledger", "lsn", b"lsn", "pushes", b"pushes", "settings", b"settings", "trained", b"trained"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "clients", b"clients", "duplicates", b"duplicates", "epoch", b"epoch", "fenced", b"fenced", "fenced_through", b"fenced_through", "group", b"group", "init_attempt", b"init_attempt", "ledger", b"ledger", "lost", b"lost", "lsn", b"lsn", "pushes", b"pushes", "settings", b"settings", "trained", b"trained"]) -> None: ...
 
 global___ReplicaState = ReplicaState
 

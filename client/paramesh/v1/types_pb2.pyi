@@ -132,6 +132,30 @@ NON_FINITE_ALLOW: NonFinite.ValueType  # 2
 """NON_FINITE_ALLOW applies it, as torch does."""
 global___NonFinite = NonFinite
 
+class _Acks:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AcksEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Acks.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ACKS_UNSPECIFIED: _Acks.ValueType  # 0
+    """ACKS_UNSPECIFIED is when every in-sync replica has it."""
+    ACKS_PRIMARY: _Acks.ValueType  # 1
+    """ACKS_PRIMARY is when the primary has it, while followers are not far behind. A lost primary
+    may cost the last such updates: counted and reported, never silently.
+    """
+
+class Acks(_Acks, metaclass=_AcksEnumTypeWrapper):
+    """Acks is when a sequenced update is acknowledged, and values are shown."""
+
+ACKS_UNSPECIFIED: Acks.ValueType  # 0
+"""ACKS_UNSPECIFIED is when every in-sync replica has it."""
+ACKS_PRIMARY: Acks.ValueType  # 1
+"""ACKS_PRIMARY is when the primary has it, while followers are not far behind. A lost primary
+may cost the last such updates: counted and reported, never silently.
+"""
+global___Acks = Acks
+
 class _NodeState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -395,6 +419,7 @@ class TableSpec(google.protobuf.message.Message):
     PARTITION_BYTES_FIELD_NUMBER: builtins.int
     REPLICAS_FIELD_NUMBER: builtins.int
     NON_FINITE_FIELD_NUMBER: builtins.int
+    ACKS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is unique in the job, [A-Za-z0-9_.:/-]{1,256}."""
     group: builtins.str
@@ -407,6 +432,8 @@ class TableSpec(google.protobuf.message.Message):
     """non_finite is the policy for NaN and infinity; part of the schema's digest. Zero: reject.
     UNIMPLEMENTED if unknown.
     """
+    acks: global___Acks.ValueType
+    """acks says when an update is acknowledged; part of the schema's digest. UNIMPLEMENTED if unknown."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorSpec]:
         """tensors are laid end to end in this order, each at a multiple of 64 elements."""
@@ -425,9 +452,10 @@ class TableSpec(google.protobuf.message.Message):
         partition_bytes: builtins.int = ...,
         replicas: builtins.int = ...,
         non_finite: global___NonFinite.ValueType = ...,
+        acks: global___Acks.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["optimizer", b"optimizer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["group", b"group", "name", b"name", "non_finite", b"non_finite", "optimizer", b"optimizer", "partition_bytes", b"partition_bytes", "replicas", b"replicas", "tensors", b"tensors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acks", b"acks", "group", b"group", "name", b"name", "non_finite", b"non_finite", "optimizer", b"optimizer", "partition_bytes", b"partition_bytes", "replicas", b"replicas", "tensors", b"tensors"]) -> None: ...
 
 global___TableSpec = TableSpec
 
