@@ -52,6 +52,11 @@ class _Collector:
             value=sum(p.non_finite for p in partitions),
         )
         yield CounterMetricFamily(
+            "paramesh_server_lost_updates",
+            "Acknowledged updates that went with primaries (acks=primary), over all partitions held.",
+            value=sum(p.lost for p in partitions),
+        )
+        yield CounterMetricFamily(
             "paramesh_server_steps_applied",
             "Steps applied, over all partitions held.",
             value=sum(p.applied_step for p in partitions),

@@ -133,7 +133,9 @@ class ParameterServer:
         self._wishes = Wishes(config.job, self._generation, ref, self._link, self._slots)
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
-        self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
+        self._plane = DataPlane(
+            config.job, self._newest_generation, self._shards, self.counters, config.in_flight_bytes
+        )
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
         self._placement.on_cut = self._cuts.take
         self._checkpoints = CheckpointControl(
@@ -157,6 +159,11 @@ class ParameterServer:
 
     def _generation(self) -> int:
         return max(self._placement.generation, self._registration.generation)
+
+    def _newest_generation(self) -> int:
+        """Also of a map that is not followed yet: what is asked for by the one before is going already."""
+        routes = self._shards.routes
+        return max(self._generation(), routes.generation if routes is not None else 0)
 
     def _on_map(self, routes: Routes) -> None:
         self._orders.saw(routes.map.term)

@@ -362,6 +362,9 @@ class Shards:
         return self.held.get(partition)
 
     def _elsewhere(self, partition: int) -> ParameshError:
+        if self.routes is not None and self.routes.generation > 1 and not self.routes.map.partitions:
+            # A restore has begun: asked again, the caller hears that its generation is over.
+            return refuse("NOT_READY", "the job is being restored", partition=partition)
         if self.routes is None or partition not in self.routes:
             return refuse("WRONG_PARTITION", f"the job has no partition {partition}", partition=partition)
         try:

@@ -152,10 +152,11 @@ def one_unit(partition: int, cell: int) -> dict[int, Encoded]:
     return {partition: Encoded.from_parts(partition, b"", [(0, gradient.numpy().data.cast("B"))])}
 
 
-def make_counters(client: Client, tables: int) -> None:
+def make_counters(client: Client, tables: int, acks: str = "isr") -> None:
     """Tables of counts, one partition each."""
     for number in range(tables):
-        client.create_table(f"{COUNTERS}{number}", {"w": torch.zeros(CELLS, dtype=torch.float64)}, "SGD", {"lr": 1.0})
+        first = {"w": torch.zeros(CELLS, dtype=torch.float64)}
+        client.create_table(f"{COUNTERS}{number}", first, "SGD", {"lr": 1.0}, acks=acks)
 
 
 def counters(client: Client) -> list[str]:

@@ -58,10 +58,12 @@ def wait_until_in_sync(cluster: ClusterHandle, replicas: int, deadline: float = 
     return found
 
 
-def start_pushers(cluster: ClusterHandle, count: int = 2, tables: int = 6, **args: Any) -> list[WorkerHandle]:
+def start_pushers(
+    cluster: ClusterHandle, count: int = 2, tables: int = 6, acks: str = "isr", **args: Any
+) -> list[WorkerHandle]:
     """Tables of counts, and workers that push to all of them; returns when all are acknowledged."""
     with paramesh.connect(cluster.coordinator_address) as client:
-        make_counters(client, tables)
+        make_counters(client, tables, acks)
     pushers = [cluster.start_worker(PUSH, supervised=False, **args) for _ in range(count)]
     cluster.wait_until(lambda: all(w.events("running") for w in pushers), 60, "every partition to acknowledge")
     return pushers

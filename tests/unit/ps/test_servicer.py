@@ -327,6 +327,19 @@ def test_partitions_that_are_not_here() -> None:
     on_loop(test)
 
 
+def test_a_request_that_meets_a_restore_is_asked_again() -> None:
+    """Its partition is in no map any more; it was refused WRONG_PARTITION, which no worker comes back from."""
+
+    async def test() -> None:
+        plane = Plane(ready(SPEC), rows=[])
+        plane.shards.routes = Routes(pb.PartitionMap(version=9, generation=4))
+        with pytest.raises(ParameshError) as caught:
+            raise plane.shards._elsewhere(8)
+        assert caught.value.reason == "NOT_READY"
+
+    on_loop(test)
+
+
 def test_a_request_waits_for_a_partition_that_is_being_made() -> None:
     async def test() -> None:
         partition = ready(SPEC)
