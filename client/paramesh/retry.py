@@ -44,6 +44,7 @@ REPEATABLE: dict[str, str] = {
     "Catalog.CreateTable": "by (name, schema digest)",
     "Catalog.DescribeTable": "reads",
     "Replicas.ChangeIsr": "by the row's version",
+    "Replicas.ReportLoss": "a total that is known changes nothing",
     "Admin.GetStatus": "reads",
     "Admin.ListEvents": "reads",
     "Admin.PromoteReplica": "by the epoch: the second is refused, the partition is online",
