@@ -239,7 +239,7 @@ class Driver:
         """Call `listener` on the loop after every commit."""
         self._listeners.append(listener)
 
-    def meet_stranger(self, name: str, cluster: str) -> ParameshError:
+    def meet_stranger(self, name: str, cluster: str, address: str) -> ParameshError:
         """A server that follows another cluster's map wants to register; the refusal.
 
         A store that was empty at this start and has placed nothing is then the wrong one, or
@@ -252,8 +252,8 @@ class Driver:
         if self._began_empty and not self.state.rows(TableRow):
             self.step_down(
                 ConfigError(
-                    f"state: it was empty, but {told}. Give --state the store that the cluster was started with, or a "
-                    "copy of it; if it is lost, end the servers, start them anew and load the last checkpoint",
+                    f"state: it was empty, but {told}. Give --state the store that the cluster was started with; if it "
+                    f"is lost: psctl meta rebuild --to STATE --server {address}, STATE being an empty one",
                     metadata={"key": "state"},
                 )
             )

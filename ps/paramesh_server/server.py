@@ -45,6 +45,7 @@ from paramesh_server.outbound import Outbound
 from paramesh_server.placement import LEDGER, Placement
 from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
+from paramesh_server.recovery import Recovery
 from paramesh_server.registration import Registration
 from paramesh_server.replica import Machine
 from paramesh_server.servicer import DataPlane
@@ -54,8 +55,13 @@ from paramesh_server.wishes import Wishes
 
 log = logging.getLogger(__name__)
 
-_DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger")
-_CONTROL_SERVICES = ("paramesh.v1.ServerControl", "paramesh.v1.Replication", "paramesh.v1.CheckpointControl")
+_DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger", "paramesh.v1.Recovery")
+_CONTROL_SERVICES = (
+    "paramesh.v1.ServerControl",
+    "paramesh.v1.Replication",
+    "paramesh.v1.CheckpointControl",
+    "paramesh.v1.Recovery",
+)
 
 
 class ParameterServer:
@@ -136,6 +142,11 @@ class ParameterServer:
         self._plane = DataPlane(config.job, self._generation, self._shards, self.counters, config.in_flight_bytes)
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
         self._placement.on_cut = self._cuts.take
+        self._recovery = Recovery(
+            config.job, config.coordinator, lambda: self._registration.hello, lambda: self._shards.routes, self._slots,
+            lambda: self._placement.schemas, lambda: self._shards.fenced,
+            lambda: max(self._orders.term, self._registration.term),
+        )  # fmt: skip
         self._checkpoints = CheckpointControl(
             self._orders.check, self._shards, self._ledger, self._placement, self._cuts
         )
@@ -173,6 +184,7 @@ class ParameterServer:
         self._inbound.register(self._control)
         self._handover.register(self._control)
         self._checkpoints.register(self._control)
+        self._recovery.register(self._data, self._control)
         host = config.advertised_host
         self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
         control = config.control_bind or f"{config.host}:0"
