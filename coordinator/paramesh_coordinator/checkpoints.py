@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from paramesh import failpoints
 from paramesh.archive import Archive, ClusterManifest, GroupEntry, PartitionEntry, TableRecord, worker_file
 from paramesh.errors import ParameshError, refuse
 from paramesh.files import Draft as FolderDraft
@@ -123,7 +124,9 @@ class Maker:
                     "must be shared by all machines, or an object store",
                     path=draft.url,
                 )
+        failpoints.reach("before.manifest")
         draft.commit(manifest.document(), self._entries)
+        failpoints.reach("after.manifest")
 
     async def _written(self, draft: FolderDraft, parts: list[PartitionRow], checkpoint: str) -> ClusterManifest:
         if self.level == STEP:

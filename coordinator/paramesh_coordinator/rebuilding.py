@@ -46,6 +46,7 @@ LEAP = 1_000_000
 """How far terms, map versions, epochs and client ids go on above the highest that was told of: above all
 that a coordinator can have decided, or a client can have been given, without any server knowing."""
 
+_DRAINING = (pb.NODE_STATE_DRAINING, pb.NODE_STATE_STALLED)
 _ENDED = {pb.NODE_STATE_DEAD: NodeState.DEAD, pb.NODE_STATE_LEFT: NodeState.LEFT}
 
 
@@ -186,7 +187,7 @@ class _Rebuilder:
         row = ServerRow(
             ref.name, ref.incarnation, node.address, node.control_address, node.host_id, "", b"", 0,
             state=ended or NodeState.LIVE, reason=node.reason if ended else "", certain=ended is NodeState.LEFT,
-            draining=node.reason if node.state == pb.NODE_STATE_DRAINING else "",
+            draining=node.reason if node.state in _DRAINING else "",
         )  # fmt: skip
         if said is not None:
             if ref.name in self._choices.without:

@@ -344,7 +344,9 @@ def _ref(ref: Ref) -> pb.ReplicaRef:
 
 
 def shown_state(row: ServerRow) -> pb.NodeState.ValueType:
-    """A server's state as people and processes see it: draining is a way of being live."""
+    """A server's state as people and processes see it: draining is a way of being live, and so is standing still."""
+    if row.state is NodeState.LIVE and row.stalled:
+        return pb.NODE_STATE_STALLED
     if row.state is NodeState.LIVE and row.draining:
         return pb.NODE_STATE_DRAINING
     return NODE_STATES[row.state]

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from paramesh import failpoints
 from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import ConfigError, ParameshError
@@ -47,7 +49,7 @@ from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
 from paramesh_server.recovery import Recovery
 from paramesh_server.registration import Registration
-from paramesh_server.replica import Machine
+from paramesh_server.replica import Machine, Role
 from paramesh_server.servicer import DataPlane
 from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
@@ -234,6 +236,10 @@ class ParameterServer:
 
     def _figures(self) -> Figures:
         self._cuts.sweep()
+        failpoints.reach("loop")
+        now = time.monotonic()
+        stalled, number = max(((slot.stalled(now), slot.number) for slot in self._slots()), default=(0.0, 0))
+        led = [slot for slot in self._slots() if slot.replica.role is Role.PRIMARY]
         partitions = [held.partition for held in self._shards.held.values()]
         return Figures(
             applied_lsn=sum(p.log.lsn for p in partitions),
@@ -242,6 +248,9 @@ class ParameterServer:
             bytes_in=self.counters.bytes_in,
             bytes_out=self.counters.bytes_out,
             rss_bytes=rss_bytes(),
+            stalled_ms=int(stalled * 1000),
+            stalled_at=f"partition {number}" if stalled else "",
+            loads=tuple((slot.number, slot.requests) for slot in led if slot.requests),
         )
 
     def _end(self, error: ParameshError) -> None:

@@ -167,12 +167,27 @@ class ProcessCluster(ClusterHandle):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")}
         return clean | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                         "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1",
+                        "PARAMESH_FAILPOINTS": str(self.directory / "failpoints"),
                         MARK: str(self.directory)}  # fmt: skip
+
+    def arm(self, place: str, act: str = "kill", node: str = "") -> Path:
+        """Have a place of `paramesh.failpoints` end ("kill") or stop ("hang") whoever reaches it first.
+
+        Args:
+            place: its name.
+            act: what it does.
+            node: a server that alone is meant; the others have places of their own.
+        """
+        folder = self.directory / "failpoints" / node
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".{place}").write_text(act)
+        return (folder / f".{place}").rename(folder / place)
 
     def start(self) -> None:
         self._launch("coordinator", self._coordinator_command())
         for index in range(self.server_count):
-            self._launch(f"server-{index}", self._server_command(index))
+            own = {"PARAMESH_FAILPOINTS": str(self.directory / "failpoints" / f"server-{index}")}
+            self._launch(f"server-{index}", self._server_command(index), self.env | own)
         self.wait_until(self._all_registered, START_DEADLINE, f"{self.server_count} servers to register")
 
     def _coordinator_command(self) -> list[str]:
