@@ -290,6 +290,7 @@ class Driver:
             if node.kind == "server":
                 ref = Ref(node.name, node.incarnation)
                 self.stalls.note(ref, request.stalled_ms / 1000, request.stalled_at, self.clock())
+                self.recent.rates.note(ref, ((one.partition, one.requests) for one in request.loads), self.clock())
         return nonce
 
     async def _tick(self) -> None:

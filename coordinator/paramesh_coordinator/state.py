@@ -118,6 +118,10 @@ class Senses:
     """Partitions that failed over for silence lately: the next time needs positive death."""
     dropped: Mapping[tuple[int, Ref], float] = field(default_factory=dict)
     """(partition, server) -> seconds since its primary took it out of the in-sync set."""
+    rates: Mapping[int, int] = field(default_factory=dict)
+    """Partition -> requests a second, of those that are known."""
+    uneven: bool = False
+    """Requests have been uneven for so long that a plan for their sake is due."""
 
 
 RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, MoveRow)
