@@ -136,7 +136,7 @@ class Delivery(abc.ABC):
     def _on_map(self, routes: Routes) -> None:
         self._offline = {p: since for p, since in self._offline.items() if routes.is_offline(p)}
         alive = {n.address for n in routes.map.nodes if n.state in (pb.NODE_STATE_LIVE, pb.NODE_STATE_DRAINING)}
-        for node in routes.map.nodes:
+        for node in routes.map.nodes:  # a stalled one too: what waits there is better asked elsewhere
             if node.address not in alive and node.address in self._lanes:
                 lane = self._lanes.pop(node.address)
                 lane.lose(node.reason)

@@ -52,6 +52,7 @@ REPEATABLE: dict[str, str] = {
     "Admin.Rebalance": "what is even, or on its way, is not planned again",
     "Admin.ListMoves": "reads",
     "Admin.Drain": "sets a value",
+    "Recovery.Testify": "reads",
     "Replication.Append": "by (epoch, lsn)",
     "Replication.Install": "replaces",
     "Replication.Handover": "by (step, client, attempt) and digest",

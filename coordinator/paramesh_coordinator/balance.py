@@ -33,6 +33,8 @@ class Load:
     """The machine; equal ones fail together."""
     kind: bytes = b""
     """Fingerprint of its arithmetic: replicas of a partition must have equal ones."""
+    rate: int = 0
+    """Requests a second of the partitions that it is the primary of."""
 
     @property
     def total(self) -> int:

@@ -133,7 +133,9 @@ class Maker:
                     "must be shared by all machines, or an object store",
                     path=draft.url,
                 )
+        reach("before.manifest")
         draft.commit(manifest.document(), self._entries)
+        reach("after.manifest")
 
     async def _written(self, draft: FolderDraft, parts: list[PartitionRow], checkpoint: str) -> ClusterManifest:
         if self.level == STEP:

@@ -124,7 +124,8 @@ def run(
         bool,
         typer.Option(
             "--rebalance/--no-rebalance",
-            help="Move partitions by itself when servers came or went and bytes are uneven by more than 20 %.",
+            help="Move partitions by itself: when servers came or went and bytes are uneven by more than 20 %, "
+            "and when requests have been for 30 s.",
             rich_help_panel=WORKERS,
         ),
     ] = DEFAULT.rebalance,

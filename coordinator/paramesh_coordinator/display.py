@@ -25,7 +25,7 @@ SHOWN_CLOSED = 10
 _COLOURS = {
     "live": "green", "online": "green", "active": "green", "between": "yellow", "idle": "yellow", "left": "dim",
     "degraded": "yellow", "dead": "bold red", "offline": "bold red", "evicted": "red", "unknown": "yellow",
-    "draining": "yellow", "copying": "green", "wanted": "yellow", "done": "dim", "cancelled": "red",
+    "draining": "yellow", "stalled": "red", "copying": "green", "wanted": "yellow", "done": "dim", "cancelled": "red",
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def _servers(servers: Sequence[dict[str, Any]]) -> RenderableType:
             row["name"], _state(row["state"]), row["address"], _bytes(row["value_bytes"]),
             str(row["online"]), str(row["partitions"]),
             _bytes(row["bytes_in"]), _bytes(row["bytes_out"]),
-            f"{row['silence_s']:.1f} s" if row["state"] in ("live", "draining") else "-",
+            f"{row['silence_s']:.1f} s" if row["state"] in ("live", "draining", "stalled") else "-",
             row["reason"],
         )  # fmt: skip
     return table

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from paramesh import failpoints
 from paramesh.errors import ConfigError, ParameshError, refuse
 from paramesh.v1 import coordinator_pb2 as co
 
@@ -27,7 +28,8 @@ from paramesh_coordinator.checkers import Liveness, Silent
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.feed import MapFeed
 from paramesh_coordinator.planning import Recent
-from paramesh_coordinator.rows import JobRow, TableRow, encode
+from paramesh_coordinator.rows import JobRow, PartitionRow, Ref, TableRow, encode
+from paramesh_coordinator.stalls import STALL_TIMEOUTS, Stalls, demote, resume
 from paramesh_coordinator.state import ClusterState, Draft, Ended, NodeKey, Registered, build_map
 from paramesh_coordinator.store.base import MetaStore
 
@@ -63,6 +65,13 @@ def fresh_job(config: CoordinatorConfig) -> JobRow:
     )
 
 
+def _reach(when: str, draft: Draft) -> None:
+    """A test may end this process before or after the commit of each kind of decision."""
+    if failpoints.armed():
+        for kind in {kind for kind, _, _ in draft.audited}:
+            failpoints.reach(f"{when}.{kind}")
+
+
 class Driver:
     """Owns the store, the state, the clock and the tasks.
 
@@ -88,6 +97,7 @@ class Driver:
         self.state = ClusterState.load(store.scan(""), fresh_job(config))
         self.feed = MapFeed(build_map(self.state, store.term))
         self.liveness = self._new_liveness()
+        self.stalls = Stalls(STALL_TIMEOUTS * config.failure_timeout, config.heartbeat_interval)
         self.recent = Recent()
         """What happened lately, by the clock."""
         self.figures: dict[NodeKey, co.HeartbeatRequest] = {}
@@ -208,6 +218,7 @@ class Driver:
 
     async def _commit(self, draft: Draft) -> None:
         loop = asyncio.get_running_loop()
+        _reach("before", draft)
         try:
             await loop.run_in_executor(self._commits, self.store.transact, draft.compare, draft.encoded())
         except ParameshError as error:
@@ -216,6 +227,7 @@ class Driver:
             else:
                 log.error("commit refused reason=%s error=%s", error.reason, error)
             raise
+        _reach("after", draft)
 
     def _act(self, draft: Draft) -> None:
         for effect in draft.effects:
@@ -223,6 +235,7 @@ class Driver:
                 self.liveness.track(effect.node, self.clock())
             elif isinstance(effect, Ended):
                 self.liveness.forget(effect.node)
+                self.stalls.forget(Ref(effect.node.name, effect.node.incarnation))
                 self.figures.pop(effect.node, None)
             else:
                 self.recent.note(effect, self.clock())
@@ -239,7 +252,7 @@ class Driver:
         """Call `listener` on the loop after every commit."""
         self._listeners.append(listener)
 
-    def meet_stranger(self, name: str, cluster: str) -> ParameshError:
+    def meet_stranger(self, name: str, cluster: str, address: str) -> ParameshError:
         """A server that follows another cluster's map wants to register; the refusal.
 
         A store that was empty at this start and has placed nothing is then the wrong one, or
@@ -252,8 +265,8 @@ class Driver:
         if self._began_empty and not self.state.rows(TableRow):
             self.step_down(
                 ConfigError(
-                    f"state: it was empty, but {told}. Give --state the store that the cluster was started with, or a "
-                    "copy of it; if it is lost, end the servers, start them anew and load the last checkpoint",
+                    f"state: it was empty, but {told}. Give --state the store that the cluster was started with; if it "
+                    f"is lost: psctl meta rebuild --to STATE --server {address}, STATE being an empty one",
                     metadata={"key": "state"},
                 )
             )
@@ -274,6 +287,10 @@ class Driver:
         nonce = self.liveness.beat(node, request.echo, self.clock(), remote=remote)
         if nonce is not None:
             self.figures[node] = request
+            if node.kind == "server":
+                ref = Ref(node.name, node.incarnation)
+                self.stalls.note(ref, request.stalled_ms / 1000, request.stalled_at, self.clock())
+                self.recent.rates.note(ref, ((one.partition, one.requests) for one in request.loads), self.clock())
         return nonce
 
     async def _tick(self) -> None:
@@ -282,8 +299,19 @@ class Driver:
             verdict = self.liveness.tick(self.clock())
             self._tell_grace(verdict.grace)
             # Not awaited here: a slow commit must not make the next tick late.
-            if verdict.dead and (self._judging is None or self._judging.done()):
+            if (verdict.dead or self._stalls_due()) and (self._judging is None or self._judging.done()):
                 self._judging = asyncio.create_task(self._judge(verdict.dead), name="coordinator-judge")
+
+    def _stalls_due(self) -> bool:
+        """Whether a server that stalls leads something or is not drained yet, or one that did not stall lately is."""
+        now, servers = self.clock(), {row.ref: row for row in self.state.live_servers()}
+        due, calm = {stall.ref for stall in self.stalls.due(now)}, self.stalls.calm(now)
+        if any(ref in servers and servers[ref].stalled for ref in calm):
+            return True
+        if not due & servers.keys():
+            return False
+        led = {part.primary for part in self.state.rows(PartitionRow).values()}
+        return any(ref in led or not servers[ref].draining for ref in due & servers.keys())
 
     def _tell_grace(self, why: str) -> None:
         if bool(why) != bool(self._grace_told):
@@ -301,6 +329,10 @@ class Driver:
         # Somebody may have been heard while this decision waited in the queue.
         still = [one for one in dead if self.liveness.silence(one.node, now) > one.timeout]
         membership.all_silent(draft, still)
+        for stall in self.stalls.due(now):
+            demote(draft, stall)
+        for ref in self.stalls.calm(now):
+            resume(draft, ref)
 
     def settings_differ(self) -> list[str]:
         """Settings that the job agreed on at its start and this start's flags contradict."""

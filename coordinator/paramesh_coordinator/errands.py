@@ -9,6 +9,7 @@ import asyncio
 import logging
 from functools import partial
 
+from paramesh import failpoints
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import ParameshError
 from paramesh.retry import Backoff
@@ -97,7 +98,9 @@ class Errands:
 
     async def _call(self, call: Call) -> bool:
         try:
+            failpoints.reach(f"before.{call.stage}")
             await self._send(call)
+            failpoints.reach(f"after.{call.stage}")
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, call.control_address)
             log.warning(

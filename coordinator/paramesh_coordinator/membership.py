@@ -235,6 +235,19 @@ def register_host(draft: Draft, hello: HostRow, *, replace: bool) -> None:
     draft.put(hello)
     draft.effects.append(Registered(NodeKey("host", *hello.ref)))
     draft.audit("host_registered", hello.name, incarnation=hello.incarnation, slots=hello.slots)
+    _claim_slots(draft, hello)
+
+
+def _claim_slots(draft: Draft, host: HostRow) -> None:
+    """Clients of a state that was made anew have no host until theirs comes back: no server knows it.
+
+    Until then they count as beating for themselves, so that one whose host is lost too is found out.
+    """
+    slots = {f"{host.name}/{index}" for index in range(host.slots)}
+    for client in draft.rows(ClientRow):
+        if client.state is ClientState.LIVE and not client.host and client.slot in slots:
+            draft.put(dataclasses.replace(client, host=host.name, host_incarnation=host.incarnation))
+            draft.effects.append(Ended(NodeKey.client(client.client_id)))
 
 
 def _end_host(draft: Draft, row: HostRow, state: NodeState, reason: str, *, certain: bool, **evidence: object) -> None:

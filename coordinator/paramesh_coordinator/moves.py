@@ -36,6 +36,7 @@ from paramesh_coordinator.rows import (
     moved,
 )
 from paramesh_coordinator.state import Draft
+from paramesh_coordinator.traffic import MoveLimits, Traffic
 
 __all__ = [
     "KEPT_MOVES", "Drained", "MoveLimits", "advance", "ask", "describe", "drain", "dry_run", "even_out", "plan",
@@ -44,14 +45,6 @@ __all__ = [
 
 KEPT_MOVES = 200
 """Rows of moves that are over, kept for `psctl` to tell what became of them."""
-
-
-@dataclass(frozen=True)
-class MoveLimits:
-    """How many replicas a server sends and receives at a time, repairs included: training needs the network too."""
-
-    into: int = 2
-    out_of: int = 2
 
 
 def _open_moves(draft: Draft) -> list[MoveRow]:
@@ -73,9 +66,11 @@ def advance(draft: Draft, limits: MoveLimits | None = None) -> int:
     """
     limits = limits or MoveLimits()
     online = [part for part in draft.rows(PartitionRow) if part.state is PartitionState.ONLINE]
-    into = Counter(ref for part in online for ref in part.learners)
-    out_of = Counter(part.primary for part in online for _ in part.learners)
     live = {row.ref: row for row in draft.live_servers()}
+    traffic = Traffic({ref: row.host_id for ref, row in live.items()})
+    for row in online:
+        for ref in row.learners:
+            traffic.add(row.primary, ref)
     changed = 0
     for move in _open_moves(draft):
         part = draft.partition(move.partition)
@@ -86,12 +81,11 @@ def advance(draft: Draft, limits: MoveLimits | None = None) -> int:
             if not _may_commit(draft, move, part, live):
                 continue
             _commit(draft, move, part)
-        elif move.target in part.learners or not _may_copy(draft, move, part, into, out_of, limits):
+        elif move.target in part.learners or not _may_copy(draft, move, part, traffic, limits):
             continue
         else:
             _copy(draft, move, part)
-            into[move.target] += 1
-            out_of[part.primary] += 1
+            traffic.add(part.primary, move.target)
         changed += 1
     _forget_old(draft)
     return changed
@@ -136,11 +130,9 @@ def _commit(draft: Draft, move: MoveRow, part: PartitionRow) -> None:
     )  # fmt: skip
 
 
-def _may_copy(
-    draft: Draft, move: MoveRow, part: PartitionRow, into: Counter[Ref], out_of: Counter[Ref], limits: MoveLimits
-) -> bool:
+def _may_copy(draft: Draft, move: MoveRow, part: PartitionRow, traffic: Traffic, limits: MoveLimits) -> bool:
     rested = draft.senses.dropped.get((part.partition, move.target), REST_SECONDS) >= REST_SECONDS
-    return rested and into[move.target] < limits.into and out_of[part.primary] < limits.out_of
+    return rested and traffic.has_room(part.primary, move.target, limits)
 
 
 REST_SECONDS = 2.0
@@ -190,7 +182,8 @@ def _picture(draft: Draft) -> tuple[list[Placed], list[ServerRow]]:
             continue
         names = [ref.name for ref in part.isr if ref in live and ref != part.primary]
         fixed = part.state is not PartitionState.ONLINE or bool(part.learners) or part.partition in moving
-        placed.append(Placed(part.partition, part.nbytes, part.primary.name, tuple(names), fixed))
+        rate = draft.senses.rates.get(part.partition, 0)
+        placed.append(Placed(part.partition, part.nbytes, part.primary.name, tuple(names), rate, fixed))
     return placed, servers
 
 
@@ -214,11 +207,14 @@ def _expected(draft: Draft, servers: Sequence[ServerRow]) -> list[Load]:
         if part.primary == move.source:
             row = promoted_row(row, move.target)
         parts[move.partition] = row
-    return loads_of(servers, list(parts.values()))
+    rates = Counter[str]()
+    for each in parts.values():
+        rates[each.server] += draft.senses.rates.get(each.partition, 0)
+    return [dataclasses.replace(load, rate=rates[load.name]) for load in loads_of(servers, list(parts.values()))]
 
 
 def even_out(draft: Draft, why: str) -> list[MoveRow]:
-    """Plan moves that make bytes even, and write them down."""
+    """Plan moves that make bytes, then requests, even, and write them down."""
     return _write(draft, plan_even(draft), why)
 
 
@@ -231,6 +227,7 @@ def dry_run(draft: Draft, why: str) -> list[MoveRow]:
 def _row(number: int, draft: Draft, move: Move, refs: Mapping[str, Ref], why: str) -> MoveRow:
     part = draft.partition(move.partition)
     assert part is not None
+    why = f"{why}: {move.why}" if move.why else why
     return MoveRow(number, move.partition, part.epoch, refs[move.source], refs[move.target], move.swap, why)
 
 
@@ -266,6 +263,8 @@ def plan(draft: Draft, *, auto: bool, settled: bool) -> int:
         if not rows:
             draft.change_job(unsettled=False)
         added += len(rows)
+    elif draft.senses.uneven and auto and settled and not _open_moves(draft):
+        added += len(even_out(draft, "rebalance: requests are uneven"))
     return added
 
 

@@ -19,7 +19,8 @@ from paramesh.errors import ParameshError
 from paramesh_coordinator import replicas
 from paramesh_coordinator.checkers import Liveness
 from paramesh_coordinator.failover import SECOND_FAILOVER_SECONDS
-from paramesh_coordinator.rows import PartitionRow, Ref
+from paramesh_coordinator.rates import Rates
+from paramesh_coordinator.rows import PartitionRow, PartitionState, Ref
 from paramesh_coordinator.state import Dropped, Effect, FailedOver, NodeKey, Senses
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Recent:
     """Moments by the monotonic clock."""
 
     def __init__(self) -> None:
+        self.rates = Rates()
+        self.uneven = False
+        """Requests have been uneven for so long that the next plan mends it."""
         self._failovers: dict[int, float] = {}
         self._dropped: dict[tuple[int, Ref], float] = {}
 
@@ -63,6 +67,8 @@ class Recent:
             fresh=lambda ref: liveness.fresh(NodeKey("server", *ref), now),
             held_back=frozenset(self._failovers),
             dropped={key: now - at for key, at in self._dropped.items()},
+            rates=self.rates.by_partition(),
+            uneven=self.uneven,
         )
 
     @property
@@ -111,6 +117,9 @@ class Planning:
 
     def _is_due(self) -> bool:
         state = self._driver.state
+        self._driver.recent.uneven = self._is_uneven()
+        if self._driver.recent.uneven:
+            return True
         if state.job.unsettled or state.moves() or any(row.draining for row in state.live_servers()):
             return True
         if state.job.map_version == self._planned and not self._driver.recent.waits:
@@ -121,12 +130,22 @@ class Planning:
         self._planned = state.job.map_version
         return False
 
+    def _is_uneven(self) -> bool:
+        """Whether some server has served many more requests than another for a while, and nobody looked lately."""
+        parts = self._driver.state.rows(PartitionRow).values()
+        led = {part.partition: part.primary for part in parts if part.state is PartitionState.ONLINE}
+        able = [row.ref for row in self._driver.state.live_servers() if not row.draining]
+        return self._driver.config.rebalance and self._driver.recent.rates.due(led, able, self._driver.clock())
+
     async def _plan(self) -> None:
         try:
             changed = await self._driver.decide(partial(replicas.plan, auto=self._driver.config.rebalance))
         except ParameshError as error:
             log.error("replicas not planned, will try again reason=%s error=%s", error.reason, error)
             return
+        if self._driver.recent.uneven:
+            self._driver.recent.rates.planned(self._driver.clock())
+            self._driver.recent.uneven = False
         # Surplus replicas go only while all who stay are fresh: asked again until it is so.
         surplus = any(len(part.isr) > part.replicas for part in self._driver.state.rows(PartitionRow).values())
         self._planned = -1 if changed or surplus else self._driver.state.job.map_version

@@ -8,6 +8,7 @@ import typer
 from paramesh.command_help import PlainCommand, PlainGroup
 from paramesh.errors import ParameshError
 
+from paramesh_coordinator import psctl_rebuild
 from paramesh_coordinator.transfer import move_state, open_state
 
 __all__ = ["meta"]
@@ -51,3 +52,6 @@ def move(
         typer.echo(f"psctl: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"moved rows={moved.rows} sha256={moved.digest} to={target}; start ps-coordinator with --state {target}")
+
+
+psctl_rebuild.add_to(meta)

@@ -1,11 +1,12 @@
 """Which replicas should change places. Pure: the same input gives the same plan.
 
-    for move in rebalance(placed, loads): ...                # bytes are even afterwards
+    for move in rebalance(placed, loads): ...                # bytes, then requests, are even afterwards
     for move in empty(placed, loads, {"server-1"}): ...      # and nothing is left there
 
 Greedy. Each step makes the sum of squares of primaries' bytes smaller, or leaves the primaries
-alone and makes that of all bytes smaller; so it ends, and carrying plans out one after the other
-ends in an empty one. A partition is in a plan at most once.
+alone and makes that of all bytes smaller, or makes that of requests smaller and leaves bytes as
+even as they have to be; so it ends, and carrying plans out one after the other ends in an empty
+one. A partition is in a plan at most once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ UNEVEN = 0.2
 """Part of the mean that a server may be above or below it: to mend less costs more than it gives."""
 
 
+EXCHANGED = 32
+"""Of each of two servers, so many partitions are looked at for an exchange."""
+
+RATE_FLOOR = 1000
+"""Requests a second of the busiest server below which they are no reason to move anything: it serves several
+times as many."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """One partition and who holds it, by name."""
@@ -32,6 +41,8 @@ class Placed:
     primary: str
     followers: tuple[str, ...] = ()
     """In sync."""
+    rate: int = 0
+    """Requests a second, of whoever leads it."""
     fixed: bool = False
     """It is on its way already, catching up or offline: counted, and left alone."""
 
@@ -58,6 +69,8 @@ class Move:
     target: str
     swap: bool = False
     """Only the primary's role goes, to one that is in sync: nothing is copied."""
+    why: str = dataclasses.field(default="", compare=False)
+    """For people: what is uneven."""
 
 
 def is_uneven(values: Collection[int]) -> bool:
@@ -67,7 +80,7 @@ def is_uneven(values: Collection[int]) -> bool:
 
 
 def rebalance(placed: Iterable[Placed], loads: Iterable[Load], draining: Collection[str] = ()) -> list[Move]:
-    """Empty the draining servers, then even bytes: those of primaries first, then all.
+    """Empty the draining servers, then even bytes: those of primaries first, then all; then requests.
 
     Args:
         placed: all partitions.
@@ -76,7 +89,7 @@ def rebalance(placed: Iterable[Placed], loads: Iterable[Load], draining: Collect
     """
     plan = _Plan(placed, loads, draining)
     plan.drain()
-    while plan.primary_step() or plan.copy_step():
+    while plan.primary_step() or plan.copy_step() or plan.rate_step():
         pass
     return plan.moves
 
@@ -98,6 +111,18 @@ def _primary_bytes(load: Load) -> int:
 
 def _all_bytes(load: Load) -> int:
     return load.total
+
+
+def _requests(load: Load) -> int:
+    return load.rate
+
+
+_SAYS: dict[Callable[[Load], int], tuple[str, str]] = {
+    _primary_bytes: ("leads", "B"),
+    _all_bytes: ("holds", "B"),
+    _requests: ("serves", "requests/s"),
+}
+"""How a reason says what is uneven."""
 
 
 class _Plan:
@@ -122,6 +147,9 @@ class _Plan:
             source, target = source.plus_copy(size.nbytes), target.without_copy(size.nbytes)
         self._loads[source.name] = source.without(size.nbytes) if role else source.without_copy(size.nbytes)
         self._loads[target.name] = target.plus(size.nbytes) if role else target.plus_copy(size.nbytes)
+        if role and size.rate:
+            for name, change in ((source.name, -size.rate), (target.name, size.rate)):
+                self._loads[name] = dataclasses.replace(self._loads[name], rate=self._loads[name].rate + change)
         self.moves.append(move)
 
     # Draining.
@@ -143,12 +171,12 @@ class _Plan:
             default=None,
         )
         if best is not None:
-            return Move(part.partition, source, best.name)
+            return Move(part.partition, source, best.name, why=f"{source} drains")
         heirs = [self._loads[name] for name in part.followers if name not in self._draining]
         if source != part.primary or not heirs:
             return None
         heir = min(heirs, key=lambda load: (load.nbytes, load.name))
-        return Move(part.partition, source, heir.name, swap=True)
+        return Move(part.partition, source, heir.name, swap=True, why=f"{source} drains")
 
     def _fits(self, part: Placed, load: Load) -> bool:
         kind = self._loads[part.primary].kind
@@ -158,24 +186,79 @@ class _Plan:
 
     def primary_step(self) -> bool:
         """Move or swap one primary, if that makes them more even; whether it did."""
-        return self._step(_primary_bytes, self._primaries)
+        return self._step(_primary_bytes, self._primaries, lambda part: part.nbytes)
 
     def copy_step(self) -> bool:
         """Move one follower, if that makes all bytes more even; whether it did."""
-        return self._step(_all_bytes, self._copies)
+        return self._step(_all_bytes, self._copies, lambda part: part.nbytes)
 
-    def _step(self, weigh: Callable[[Load], int], candidates: Callable[[Load, Load], Iterator[Move]]) -> bool:
-        for source, target, gap in _gaps(self._open(), weigh):
-            # Less than the gap: else the two would only change places.
-            found = [m for m in candidates(source, target) if 0 < self._placed[m.partition].nbytes < gap]
+    def rate_step(self) -> bool:
+        """Move or swap one primary, if that makes requests more even, and bytes not uneven; whether it did.
+
+        Bytes come first: where a plan for them would move it back, it stays.
+        """
+        if max((load.rate for load in self._open()), default=0) < RATE_FLOOR:
+            return False
+        return self._step(_requests, self._light_primaries, lambda part: part.rate) or self._exchange()
+
+    def _exchange(self) -> bool:
+        """Two primaries of about one size change places, the hotter against the cooler one; whether two did."""
+        for source, target, gap in _gaps(self._open(), _requests):
+            hot = sorted(self._primaries(source, target), key=lambda m: -self._placed[m.partition].rate)[:EXCHANGED]
+            cold = sorted(self._primaries(target, source), key=lambda m: self._placed[m.partition].rate)[:EXCHANGED]
+            found = [
+                (abs(change - gap / 2), one, other)
+                for one in hot
+                for other in cold
+                if one.swap == other.swap
+                and 0 < (change := self._placed[one.partition].rate - self._placed[other.partition].rate) < gap
+                and self._leaves_bytes(one, other, source.name, target.name)
+            ]
             if found:
-                self._take(min(found, key=lambda m: self._worth(m, gap)))
+                _, one, other = min(found, key=lambda f: (not f[1].swap, f[0], f[1].partition, f[2].partition))
+                why = f"{source.name} serves {source.rate} requests/s, {target.name} {target.rate}"
+                self._take(dataclasses.replace(one, why=why))
+                self._take(dataclasses.replace(other, why=f"{why}; in exchange for partition {one.partition}"))
                 return True
         return False
 
-    def _worth(self, move: Move, gap: int) -> tuple[bool, float, int]:
-        """What costs no copying first, then what closes the gap best."""
-        return not move.swap, abs(self._placed[move.partition].nbytes - gap / 2), move.partition
+    def _leaves_bytes(self, one: Move, other: Move, source: str, target: str) -> bool:
+        size = self._placed[one.partition].nbytes - self._placed[other.partition].nbytes
+        return self._bytes_stay(source, target, size, one.swap)
+
+    def _bytes_stay(self, source: str, target: str, size: int, swap: bool) -> bool:
+        """Whether bytes stay as even as they have to be when so many go from one to the other, with the lead."""
+        if size < 0:
+            source, target, size = target, source, -size
+        lead = {load.name: load.nbytes for load in self._open()}
+        hold = {load.name: load.total for load in self._open()}
+        return _stays_even(lead, source, target, size) and (swap or _stays_even(hold, source, target, size))
+
+    def _step(
+        self,
+        weigh: Callable[[Load], int],
+        candidates: Callable[[Load, Load], Iterator[Move]],
+        amount: Callable[[Placed], int],
+    ) -> bool:
+        for source, target, gap in _gaps(self._open(), weigh):
+            # Less than the gap: else the two would only change places.
+            found = [m for m in candidates(source, target) if 0 < amount(self._placed[m.partition]) < gap]
+            if found:
+                # What costs no copying first, then what closes the gap best.
+                best = min(
+                    found, key=lambda m: (not m.swap, abs(amount(self._placed[m.partition]) - gap / 2), m.partition)
+                )
+                says, unit = _SAYS[weigh]
+                why = f"{source.name} {says} {weigh(source)} {unit}, {target.name} {weigh(target)}"
+                self._take(dataclasses.replace(best, why=why))
+                return True
+        return False
+
+    def _light_primaries(self, source: Load, target: Load) -> Iterator[Move]:
+        """Those whose going leaves bytes as even as they have to be, or makes them more so."""
+        for move in self._primaries(source, target):
+            if self._bytes_stay(source.name, target.name, self._placed[move.partition].nbytes, move.swap):
+                yield move
 
     def _primaries(self, source: Load, target: Load) -> Iterator[Move]:
         for part in self._placed.values():
@@ -195,6 +278,14 @@ class _Plan:
         """Evenness is not worth two replicas on one machine."""
         others = {self._loads[name].host for name in part.holders if name != source.name}
         return target.host not in others or source.host in others
+
+
+def _stays_even(values: dict[str, int], source: str, target: str, size: int) -> bool:
+    """Whether what goes from one to the other leaves all within bounds, or is less than the gap between them."""
+    if size < values[source] - values[target] or not size:
+        return True
+    after = values | {source: values[source] - size, target: values[target] + size}
+    return not is_uneven(after.values())
 
 
 def _gaps(loads: Sequence[Load], weigh: Callable[[Load], int]) -> list[tuple[Load, Load, int]]:

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 __all__ = [
     "ClientRow", "ClientState", "EventRow", "HostRow", "JobRow", "LossRow", "MoveRow", "MoveStage", "NodeState",
-    "OperationRow", "PartitionRow", "PartitionState", "Ref", "Row", "ServerRow", "Stage", "TableRow", "decode",
-    "encode", "moved",
+    "OperationRow", "PartitionRow", "PartitionState", "Ref", "Row", "STALLED", "ServerRow", "Stage", "TableRow",
+    "decode", "encode", "moved",
 ]  # fmt: skip
 
 
@@ -162,6 +162,10 @@ class JobRow:
         return self.PREFIX
 
 
+STALLED = "makes no progress"
+"""How the reason begins for which such a server drains."""
+
+
 @dataclass(frozen=True)
 class ServerRow:
     """One process of a server."""
@@ -182,6 +186,11 @@ class ServerRow:
     """A dead one is known to have ended: an exit report, a successor. Silence is not that."""
     draining: str = ""
     """Why a live one gets nothing new and gives away what it holds; empty: it does not."""
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it drains because it makes no progress."""
+        return self.draining.startswith(STALLED)
 
     @property
     def ref(self) -> Ref:

@@ -81,7 +81,7 @@ class MembershipService(MembershipServicer):
         check(self._driver, request.request, registering=True)
         membership.check_incarnation(request.incarnation, f"server {request.name[:80]!r}")
         if request.cluster not in ("", self._driver.state.job.cluster):
-            raise self._driver.meet_stranger(request.name[:80], request.cluster[:80])
+            raise self._driver.meet_stranger(request.name[:80], request.cluster[:80], request.address[:80])
         hello = ServerRow(
             request.name, request.incarnation, request.address, request.control_address, request.host_id,
             request.version, request.fingerprint, request.capacity_bytes,

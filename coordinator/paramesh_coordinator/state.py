@@ -119,6 +119,10 @@ class Senses:
     """Partitions that failed over for silence lately: the next time needs positive death."""
     dropped: Mapping[tuple[int, Ref], float] = field(default_factory=dict)
     """(partition, server) -> seconds since its primary took it out of the in-sync set."""
+    rates: Mapping[int, int] = field(default_factory=dict)
+    """Partition -> requests a second, of those that are known."""
+    uneven: bool = False
+    """Requests have been uneven for so long that a plan for their sake is due."""
 
 
 RowT = typing.TypeVar("RowT", ServerRow, HostRow, ClientRow, TableRow, PartitionRow, OperationRow, LossRow, MoveRow)
@@ -345,7 +349,9 @@ def _ref(ref: Ref) -> pb.ReplicaRef:
 
 
 def shown_state(row: ServerRow) -> pb.NodeState.ValueType:
-    """A server's state as people and processes see it: draining is a way of being live."""
+    """A server's state as people and processes see it: draining is a way of being live, and so is standing still."""
+    if row.state is NodeState.LIVE and row.stalled:
+        return pb.NODE_STATE_STALLED
     if row.state is NodeState.LIVE and row.draining:
         return pb.NODE_STATE_DRAINING
     return NODE_STATES[row.state]

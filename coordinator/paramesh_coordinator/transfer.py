@@ -21,7 +21,7 @@ from paramesh_coordinator.store import MetaStore, SqliteStore
 from paramesh_coordinator.store.etcd import EtcdStore
 from paramesh_coordinator.store.etcd_target import SCHEME, EtcdTarget
 
-__all__ = ["Moved", "check_not_moved", "move_state", "open_state"]
+__all__ = ["Moved", "check_not_moved", "move_state", "open_state", "write_state"]
 
 MARK = "moved"
 """The row that keeps coordinators off; its value says why."""
@@ -91,25 +91,49 @@ def move_state(source: MetaStore, target: MetaStore, names: tuple[str, str]) -> 
             decode(key, value)
         except ValueError as error:
             raise _wrong(f"{names[0]}: {error}") from error
-    _empty(target, names)
+    digest = _fill(target, rows, source.term, names[1], f"a move from {names[0]} is not complete: repeat it")
+    # The source first: between the two nobody can start on either, and repeating the move mends that.
+    source.transact({}, {MARK: moved})
+    target.transact({}, {MARK: None})
+    return Moved(len(rows), digest, target.term)
+
+
+def write_state(target: MetaStore, rows: Sequence[tuple[str, bytes]], term: int, name: str) -> Moved:
+    """Write rows that were made anew: all of them, or a store that no coordinator starts on.
+
+    Args:
+        target: empty, or left by a write that broke off.
+        rows: in key order.
+        term: the next coordinator's is above it.
+        name: of the target, for errors.
+
+    Raises:
+        ConfigError: `state`: the target holds a cluster.
+        StoreError: the medium failed; it may be repeated.
+    """
+    digest = _fill(target, rows, term, name, "making this state anew is not complete: repeat psctl meta rebuild")
+    target.transact({}, {MARK: None})
+    return Moved(len(rows), digest, target.term)
+
+
+def _fill(target: MetaStore, rows: Sequence[tuple[str, bytes]], term: int, name: str, incomplete: str) -> str:
+    """Everything but the mark's end; the digest of what is there."""
+    _empty(target, name, incomplete)
     for batch in _batches(rows):
         target.transact({}, dict(batch))
     wanted, found = _digest(rows), _digest([row for row in target.scan("") if row[0] != MARK])
     if found != wanted:
-        raise _wrong(f"{names[1]} does not hold what was written to it; nothing was moved")
-    target.lift(source.term)
-    # The source first: between the two nobody can start on either, and repeating the move mends that.
-    source.transact({}, {MARK: moved})
-    target.transact({}, {MARK: None})
-    return Moved(len(rows), wanted, target.term)
+        raise _wrong(f"{name} does not hold what was written to it; nothing was moved")
+    target.lift(term)
+    return wanted
 
 
-def _empty(target: MetaStore, names: tuple[str, str]) -> None:
+def _empty(target: MetaStore, name: str, incomplete: str) -> None:
     """Mark the target as incomplete, then clear what an earlier or broken move left there."""
     rows = target.scan("")
     if rows and target.get(MARK) is None:
-        raise _wrong(f"{names[1]} holds a cluster already; give an empty one")
-    target.transact({}, {MARK: f"a move from {names[0]} is not complete: repeat it".encode()})
+        raise _wrong(f"{name} holds a cluster already; give an empty one")
+    target.transact({}, {MARK: incomplete.encode()})
     for batch in _batches([row for row in rows if row[0] != MARK]):
         target.transact({}, dict.fromkeys(key for key, _ in batch))
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import struct
 import sys
+import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +35,14 @@ __all__ = ["Figures", "Identity", "beat"]
 
 log = logging.getLogger(__name__)
 
-FIGURES = struct.Struct("<6Q")
-"""Layout of the shared page: the fields of `Figures` in order."""
+PAGE = struct.Struct("<IId")
+"""How the shared page begins: length and CRC-32 of what follows, and when it was written (monotonic seconds)."""
+
+PAGE_BYTES = 16 << 20
+"""More than any server's figures take."""
+
+STALE_BEATS = 3
+"""Beats that the page may be old: the server's loop writes it every beat, or does nothing at all."""
 
 REPORT_S = 5.0
 """How long a death is reported for; after that silence has told it."""
@@ -60,7 +69,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a beat carries, for people and the balancer."""
+    """What a beat carries, for people, the balancer and the judgement on who makes no progress."""
 
     applied_lsn: int = 0
     queue_depth: int = 0
@@ -68,17 +77,58 @@ class Figures:
     bytes_in: int = 0
     bytes_out: int = 0
     rss_bytes: int = 0
+    stalled_ms: int = 0
+    """For how long a piece of work that needs nobody else has been running."""
+    stalled_at: str = ""
+    loads: tuple[tuple[int, int], ...] = ()
+    """(partition, requests since it was made) of those that are led here."""
 
-    def pack(self) -> bytes:
-        """As the shared page holds it."""
-        return FIGURES.pack(
-            self.applied_lsn, self.queue_depth, self.value_bytes, self.bytes_in, self.bytes_out, self.rss_bytes
-        )
+    def put(self, beat: co.HeartbeatRequest) -> co.HeartbeatRequest:
+        """The beat, with these figures."""
+        for field in dataclasses.fields(self):
+            if field.name != "loads":
+                setattr(beat, field.name, getattr(self, field.name))
+        for partition, requests in self.loads:
+            beat.loads.add(partition=partition, requests=requests)
+        return beat
 
-    @classmethod
-    def unpack(cls, data: bytes) -> Figures:
-        """The inverse of `pack`."""
-        return cls(*FIGURES.unpack(data))
+
+class Page:
+    """The shared page: what the server wrote last, and how long ago.
+
+    Args:
+        fd: of the memory that both processes have open.
+        interval: seconds between two writes.
+    """
+
+    def __init__(self, fd: int, interval: float) -> None:
+        self._fd = fd
+        self._interval = interval
+        self._last = Figures()
+        self._written = time.monotonic()
+
+    def write(self, figures: Figures) -> None:
+        """What the next beats carry."""
+        data = figures.put(co.HeartbeatRequest()).SerializeToString()
+        os.pwrite(self._fd, PAGE.pack(len(data), zlib.crc32(data), time.monotonic()) + data, 0)
+
+    def read(self) -> Figures:
+        """The newest figures that were read whole; a loop that has stopped writing them is itself the news."""
+        page = os.pread(self._fd, PAGE_BYTES, 0)
+        if len(page) >= PAGE.size:
+            length, checksum, written = PAGE.unpack_from(page)
+            data = page[PAGE.size : PAGE.size + length]
+            if zlib.crc32(data) == checksum:  # else the server was writing it
+                self._last, self._written = _figures(co.HeartbeatRequest.FromString(data)), written
+        age = time.monotonic() - self._written
+        if age > STALE_BEATS * self._interval and age * 1000 > self._last.stalled_ms:
+            return dataclasses.replace(self._last, stalled_ms=int(age * 1000), stalled_at="the event loop")
+        return self._last
+
+
+def _figures(beat: co.HeartbeatRequest) -> Figures:
+    values = {f.name: getattr(beat, f.name) for f in dataclasses.fields(Figures) if f.name != "loads"}
+    return Figures(**values, loads=tuple((load.partition, load.requests) for load in beat.loads))
 
 
 async def beat(
@@ -142,20 +192,14 @@ class _Stream:
         who = self._identity
         while True:
             if self._may_beat():
-                now = self._figures()
-                yield co.HeartbeatRequest(
+                beat = co.HeartbeatRequest(
                     request=header(who.job, who.generation),
                     kind=co.NODE_KIND_SERVER,
                     name=who.name,
                     incarnation=who.incarnation,
                     echo=self._nonce,
-                    applied_lsn=now.applied_lsn,
-                    queue_depth=now.queue_depth,
-                    value_bytes=now.value_bytes,
-                    bytes_in=now.bytes_in,
-                    bytes_out=now.bytes_out,
-                    rss_bytes=now.rss_bytes,
                 )
+                yield self._figures().put(beat)
             await asyncio.sleep(who.interval)
 
 
@@ -209,7 +253,7 @@ async def _follow(identity: Identity, parent: int, figures_fd: int) -> None:
     beating = asyncio.ensure_future(
         beat(
             identity,
-            lambda: Figures.unpack(os.pread(figures_fd, FIGURES.size, 0)),
+            Page(figures_fd, identity.interval).read,
             lambda: _say(b"unknown\n"),
             lambda: not gone.is_set() and process_state(parent)[0] not in ("T", "t"),
         )

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from paramesh.retry import Backoff
 
-from paramesh_server.beat import Figures, Identity, beat
+from paramesh_server.beat import Figures, Identity, Page, beat
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class ProcessHeartbeat:
         self._figures = figures
         self._on_unknown = on_unknown
         self._page = os.memfd_create("paramesh-figures")
-        os.pwrite(self._page, figures().pack(), 0)
+        self._shared = Page(self._page, identity.interval)
+        self._shared.write(figures())
         self._helper: asyncio.subprocess.Process | None = None
         self._tasks = [asyncio.ensure_future(self._keep()), asyncio.ensure_future(self._write())]
 
@@ -61,7 +62,7 @@ class ProcessHeartbeat:
 
     async def _write(self) -> None:
         while True:
-            os.pwrite(self._page, self._figures().pack(), 0)
+            self._shared.write(self._figures())
             await asyncio.sleep(self._identity.interval)
 
     async def _keep(self) -> None:

@@ -107,6 +107,16 @@ class Ledger:
         return self._desk.lsn
 
     @property
+    def slots(self) -> dict[int, str]:
+        """The slot of each member, by client id."""
+        return {client: member.slot for client, member in self._members.state.members.items()}
+
+    @property
+    def tombstones(self) -> frozenset[int]:
+        """Clients that were evicted."""
+        return frozenset(self._members.state.tombstones)
+
+    @property
     def following(self) -> bool:
         """Whether it replays another's records, and decides nothing."""
         return self._desk.sink is None

@@ -224,6 +224,8 @@ class LedgerHost:
     def _forward(self, method: str) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             service = await self.service()
+            if self.slot is not None:
+                self.slot.requests += 1
             if method not in READS and self.slot is not None:
                 self.slot.check_writable()
             return await getattr(service, method)(request, context)

@@ -98,6 +98,11 @@ class Placement:
         """This process."""
         return self._ref
 
+    @property
+    def schemas(self) -> dict[int, pb.TableSpec]:
+        """Of the tables that were asked for here, by id."""
+        return {table_id: spec for table_id, (spec, _) in self._schemas.items()}
+
     def row(self, partition: int) -> pb.Partition | None:
         """A partition's row in the newest map."""
         routes = self._shards.routes

@@ -73,6 +73,11 @@ class Registration:
         """What `RegisterServer` will say."""
         self._request = request
 
+    @property
+    def hello(self) -> co.RegisterServerRequest:
+        """What `RegisterServer` says."""
+        return self._request
+
     async def start(self) -> None:
         """Register, however long it takes, and start to beat.
 

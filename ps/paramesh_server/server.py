@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from paramesh import failpoints
 from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import ConfigError, ParameshError
@@ -45,8 +47,9 @@ from paramesh_server.outbound import Outbound
 from paramesh_server.placement import LEDGER, Placement
 from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
+from paramesh_server.recovery import Recovery
 from paramesh_server.registration import Registration
-from paramesh_server.replica import Machine
+from paramesh_server.replica import Machine, Role
 from paramesh_server.servicer import DataPlane
 from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
@@ -54,8 +57,13 @@ from paramesh_server.wishes import Wishes
 
 log = logging.getLogger(__name__)
 
-_DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger")
-_CONTROL_SERVICES = ("paramesh.v1.ServerControl", "paramesh.v1.Replication", "paramesh.v1.CheckpointControl")
+_DATA_SERVICES = ("paramesh.v1.ParameterServer", "paramesh.v1.Ledger", "paramesh.v1.Recovery")
+_CONTROL_SERVICES = (
+    "paramesh.v1.ServerControl",
+    "paramesh.v1.Replication",
+    "paramesh.v1.CheckpointControl",
+    "paramesh.v1.Recovery",
+)
 
 
 class ParameterServer:
@@ -138,6 +146,11 @@ class ParameterServer:
         )
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
         self._placement.on_cut = self._cuts.take
+        self._recovery = Recovery(
+            config.job, config.coordinator, lambda: self._registration.hello, lambda: self._shards.routes, self._slots,
+            lambda: self._placement.schemas, lambda: self._shards.fenced,
+            lambda: max(self._orders.term, self._registration.term),
+        )  # fmt: skip
         self._checkpoints = CheckpointControl(
             self._orders.check, self._shards, self._ledger, self._placement, self._cuts
         )
@@ -180,6 +193,7 @@ class ParameterServer:
         self._inbound.register(self._control)
         self._handover.register(self._control)
         self._checkpoints.register(self._control)
+        self._recovery.register(self._data, self._control)
         host = config.advertised_host
         self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
         control = config.control_bind or f"{config.host}:0"
@@ -229,6 +243,10 @@ class ParameterServer:
 
     def _figures(self) -> Figures:
         self._cuts.sweep()
+        failpoints.reach("loop")
+        now = time.monotonic()
+        stalled, number = max(((slot.stalled(now), slot.number) for slot in self._slots()), default=(0.0, 0))
+        led = [slot for slot in self._slots() if slot.replica.role is Role.PRIMARY]
         partitions = [held.partition for held in self._shards.held.values()]
         return Figures(
             applied_lsn=sum(p.log.lsn for p in partitions),
@@ -237,6 +255,9 @@ class ParameterServer:
             bytes_in=self.counters.bytes_in,
             bytes_out=self.counters.bytes_out,
             rss_bytes=rss_bytes(),
+            stalled_ms=int(stalled * 1000),
+            stalled_at=f"partition {number}" if stalled else "",
+            loads=tuple((slot.number, slot.requests) for slot in led if slot.requests),
         )
 
     def _end(self, error: ParameshError) -> None:

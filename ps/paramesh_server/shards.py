@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from paramesh import failpoints
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 
@@ -67,6 +68,14 @@ class Slot:
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
+        self._began: float | None = None
+        """When the piece of work that runs now began."""
+        self.requests = 0
+        """What was asked of it as primary since it was made."""
+
+    def stalled(self, now: float) -> float:
+        """For how many seconds the piece of work that owns the partition has been running: it needs nobody else."""
+        return 0.0 if self._began is None else max(0.0, now - self._began)
 
     @property
     def number(self) -> int:
@@ -110,10 +119,14 @@ class Slot:
         async with self._lock:
             if self.closed:
                 raise refuse("NOT_PRIMARY", f"partition {self.number} is no longer held here", partition=self.number)
-            before = self.replica.machine.log.last
+            before, self._began = self.replica.machine.log.last, time.monotonic()
             try:
+                if failpoints.armed():
+                    place = f"work.{self.number}"
+                    await asyncio.get_running_loop().run_in_executor(self._pool, failpoints.reach, place)
                 return await self.compute(work, inline=inline)
             finally:
+                self._began = None
                 if self.replica.machine.log.last != before:
                     self.replica.appended(time.monotonic())
                     changed, self._changed = self._changed, asyncio.Event()
@@ -306,6 +319,7 @@ class Shards:
         """
         held = self.held.get(partition)
         if held is not None and held.replica.serving:
+            held.requests += 1
             return held
         if held is not None and epoch:
             await self._wait_for_map(held, epoch)
@@ -316,6 +330,7 @@ class Shards:
         if self._mine(partition):
             held = await self._wait_for(partition)
             if held is not None:
+                held.requests += 1
                 return held
         if partition in self.failed:
             raise self.failed[partition]

@@ -151,8 +151,18 @@ class ProcessCluster(ClusterHandle):
 
     can_pause = True
 
-    def __init__(self, servers: int = 1, directory: Path | None = None, replicas: int = 1, **job_config: Any) -> None:
+    def __init__(
+        self,
+        servers: int = 1,
+        directory: Path | None = None,
+        replicas: int = 1,
+        *,
+        fails: bool = False,
+        **job_config: Any,
+    ) -> None:
         super().__init__(servers, directory, replicas, **job_config)
+        self.fails = fails
+        """Whether processes look at `paramesh.failpoints`; that costs each write a thread's turn."""
         self._own_directory = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="paramesh-test-"))
         self.port = free_port()
@@ -169,13 +179,38 @@ class ProcessCluster(ClusterHandle):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")}
         return clean | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                         "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1",
-                        failpoints.VARIABLE: f"@{self.directory}/failpoints", MARK: str(self.directory)}  # fmt: skip
+                        MARK: str(self.directory)}  # fmt: skip
 
-    def fail_at(self, *points: str) -> None:
-        """Have whoever comes to one of these places die there, or get its error (`paramesh.failpoints`); none: stop."""
-        temporary = self.directory / "failpoints.new"
-        temporary.write_text(",".join(points))
-        temporary.replace(self.directory / "failpoints")
+    def arm(self, place: str, act: str, node: str) -> Path:
+        """Have one process act at a place of `paramesh.failpoints`; the cluster must be started with `fails=True`.
+
+        Args:
+            place: its name.
+            act: what it does there.
+            node: the process.
+
+        Returns:
+            The file that says so: it is there until then, or until it is removed.
+        """
+        if not self.fails:
+            raise Unsupported("start the cluster with fails=True")
+        file = failpoints.file_of(self._places(node), place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = file.with_name(f".{file.name}")
+        written.write_text(act)
+        return written.rename(file)
+
+    def fail_at(self, place: str, act: str) -> None:
+        """Have every process act at a place, however often it comes there."""
+        for node in self.processes:
+            self.arm(place, act, node)
+
+    def disarm(self) -> None:
+        """No place does anything any more."""
+        shutil.rmtree(self.directory / "failpoints", ignore_errors=True)
+
+    def _places(self, node: str) -> Path:
+        return self.directory / "failpoints" / node
 
     def start(self) -> None:
         self._launch("coordinator", self._coordinator_command())
@@ -194,7 +229,8 @@ class ProcessCluster(ClusterHandle):
                 "--name", f"server-{index}", "--bind", "127.0.0.1:0"]  # fmt: skip
 
     def _launch(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
-        process = Process(name, list(command), env or self.env, self.directory / f"{name}.log")
+        own = {failpoints.VARIABLE: f"@{self._places(name)}"} if self.fails else {}
+        process = Process(name, list(command), (env or self.env) | own, self.directory / f"{name}.log")
         self.processes[name] = process
         process.start()
         return process

@@ -50,7 +50,7 @@ def trains(cluster, worker) -> None:
 def test_a_disk_that_says_no_costs_the_checkpoint_and_nothing_else(process_cluster, tmp_path):
     """Row 34: ENOSPC, EIO and EROFS of each process at each kind of file; and one that the kernel lets nobody write."""
     archive = Archive(str(tmp_path / "root"))
-    cluster = process_cluster(servers=2, start_workers=1, checkpoint_dir=archive.root)
+    cluster = process_cluster(servers=2, start_workers=1, fails=True, checkpoint_dir=archive.root)
     worker = cluster.start_worker(replication.TRAIN, epochs=10_000, seconds=0.02, stop_at="enough")
     cluster.wait_until(lambda: worker.events("step"), 90, "training")
     checkpoints.make(cluster, "first")
@@ -67,9 +67,9 @@ def test_a_disk_that_says_no_costs_the_checkpoint_and_nothing_else(process_clust
         trains(cluster, worker)
 
     for point, code in REFUSALS:
-        cluster.fail_at(f"{point}={errno.errorcode[code]}")
+        cluster.fail_at(point, errno.errorcode[code])
         fails(os.strerror(code))
-        cluster.fail_at()
+        cluster.disarm()
     servers = ["server-0", "server-1"]
     limit_files(cluster, servers, 16 << 10)
     fails(os.strerror(errno.EFBIG))

@@ -47,9 +47,9 @@ def assert_loadable(archive: Archive, at_least: int, scratch) -> None:
 def dies_at(cluster, point: str) -> str:
     """Wait until a process has come to a failpoint, and died there; which."""
     nodes = [name for name in cluster.processes if not name.startswith("worker")]
-    cluster.fail_at(f"{point}=exit")
+    cluster.fail_at(point, "exit")
     cluster.wait_until(lambda: any(cluster.processes[n].exit_code is not None for n in nodes), 60, f"{point} to come")
-    cluster.fail_at()
+    cluster.disarm()
     (node,) = [n for n in nodes if cluster.processes[n].exit_code is not None]
     assert cluster.processes[node].exit_code == EXIT, cluster.processes[node].tail()
     return node
@@ -59,7 +59,7 @@ def dies_at(cluster, point: str) -> str:
                          ids=["quick", "all"])  # fmt: skip
 def test_a_loader_finds_a_complete_checkpoint_wherever_a_process_dies(process_cluster, tmp_path, points):
     archive = Archive(str(tmp_path / "root"))
-    cluster = process_cluster(servers=2, replicas=2, start_workers=1, checkpoint_dir=archive.root,
+    cluster = process_cluster(servers=2, replicas=2, start_workers=1, fails=True, checkpoint_dir=archive.root,
                               checkpoint_every="1s", checkpoint_keep=2)  # fmt: skip
     worker = cluster.start_worker(replication.TRAIN, epochs=10_000, seconds=0.02, stop_at="enough")
     cluster.wait_until(lambda: newest(archive), 90, "a checkpoint")

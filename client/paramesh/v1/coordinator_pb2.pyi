@@ -288,6 +288,9 @@ class HeartbeatRequest(google.protobuf.message.Message):
     BYTES_IN_FIELD_NUMBER: builtins.int
     BYTES_OUT_FIELD_NUMBER: builtins.int
     RSS_BYTES_FIELD_NUMBER: builtins.int
+    STALLED_MS_FIELD_NUMBER: builtins.int
+    STALLED_AT_FIELD_NUMBER: builtins.int
+    LOADS_FIELD_NUMBER: builtins.int
     kind: global___NodeKind.ValueType
     name: builtins.str
     """name and incarnation of a server or host; a client is request.client_id."""
@@ -301,8 +304,18 @@ class HeartbeatRequest(google.protobuf.message.Message):
     bytes_in: builtins.int
     bytes_out: builtins.int
     rss_bytes: builtins.int
+    stalled_ms: builtins.int
+    """stalled_ms is for how long a piece of work on one replica has been running, or the event loop has done
+    nothing: what needs nobody else. Zero while there is none.
+    """
+    stalled_at: builtins.str
+    """stalled_at says which, for people: "partition 3", "the event loop"."""
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
+    @property
+    def loads(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PartitionLoad]:
+        """loads are of the partitions that are led here and were ever used."""
+
     def __init__(
         self,
         *,
@@ -317,11 +330,35 @@ class HeartbeatRequest(google.protobuf.message.Message):
         bytes_in: builtins.int = ...,
         bytes_out: builtins.int = ...,
         rss_bytes: builtins.int = ...,
+        stalled_ms: builtins.int = ...,
+        stalled_at: builtins.str = ...,
+        loads: collections.abc.Iterable[global___PartitionLoad] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["applied_lsn", b"applied_lsn", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "echo", b"echo", "incarnation", b"incarnation", "kind", b"kind", "name", b"name", "queue_depth", b"queue_depth", "request", b"request", "rss_bytes", b"rss_bytes", "value_bytes", b"value_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_lsn", b"applied_lsn", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "echo", b"echo", "incarnation", b"incarnation", "kind", b"kind", "loads", b"loads", "name", b"name", "queue_depth", b"queue_depth", "request", b"request", "rss_bytes", b"rss_bytes", "stalled_at", b"stalled_at", "stalled_ms", b"stalled_ms", "value_bytes", b"value_bytes"]) -> None: ...
 
 global___HeartbeatRequest = HeartbeatRequest
+
+@typing.final
+class PartitionLoad(google.protobuf.message.Message):
+    """PartitionLoad counts what a partition's primary has done since it was made."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
+    partition: builtins.int
+    requests: builtins.int
+    """requests are pushes, staged contributions, pulls and snapshots."""
+    def __init__(
+        self,
+        *,
+        partition: builtins.int = ...,
+        requests: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["partition", b"partition", "requests", b"requests"]) -> None: ...
+
+global___PartitionLoad = PartitionLoad
 
 @typing.final
 class HeartbeatResponse(google.protobuf.message.Message):

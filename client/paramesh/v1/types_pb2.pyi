@@ -167,6 +167,10 @@ class _NodeStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     NODE_STATE_DRAINING: _NodeState.ValueType  # 2
     NODE_STATE_DEAD: _NodeState.ValueType  # 3
     NODE_STATE_LEFT: _NodeState.ValueType  # 4
+    NODE_STATE_STALLED: _NodeState.ValueType  # 5
+    """NODE_STATE_STALLED lives and makes no progress: what it led is led elsewhere, and calls that wait for it
+    are better made there.
+    """
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """NodeState is the coordinator's judgement of a node."""
@@ -176,6 +180,10 @@ NODE_STATE_LIVE: NodeState.ValueType  # 1
 NODE_STATE_DRAINING: NodeState.ValueType  # 2
 NODE_STATE_DEAD: NodeState.ValueType  # 3
 NODE_STATE_LEFT: NodeState.ValueType  # 4
+NODE_STATE_STALLED: NodeState.ValueType  # 5
+"""NODE_STATE_STALLED lives and makes no progress: what it led is led elsewhere, and calls that wait for it
+are better made there.
+"""
 global___NodeState = NodeState
 
 class _PartitionState:

@@ -346,3 +346,43 @@ def test_rows_of_moves_are_stored_and_old_ones_forgotten(monkeypatch: pytest.Mon
     world.run_moves()
     assert len(world.state.rows(MoveRow)) == 3
     assert evidence(world, "replica_moved")["move"] == newest(world).move
+
+
+# --- requests and links ---
+
+
+def test_uneven_requests_are_mended_when_that_is_due_and_a_dry_run_says_why() -> None:
+    world = cluster("ab", replicas=2, elements=1024 * 4)
+    world.run_moves(auto=True)
+    hot = [row.partition for row in world.partitions() if row.server == "a" and row.partition]
+    world.senses = Senses(rates=dict.fromkeys(hot, 2000))
+    assert world.plan(auto=True) == 0, "not due"
+    told = world.do(lambda d: moves.dry_run(d, "psctl rebalance --dry-run"))
+    assert told
+    assert f"a serves {2000 * len(hot)} requests/s, b 0" in told[0].why
+    assert world.state.moves() == []
+    world.senses = Senses(rates=dict.fromkeys(hot, 2000), uneven=True)
+    assert world.plan(auto=False) == 0, "not asked to"
+    assert world.plan(auto=True) > 0
+    assert {move.swap for move in world.state.moves()} == {True}, "each has the other's in sync"
+    world.senses = Senses(rates=dict.fromkeys(hot, 2000))
+    world.run_moves(auto=True)
+    served = Counter(row.server for row in world.partitions() if row.partition in hot)
+    assert abs(served["a"] - served["b"]) <= 2, served
+    assert world.plan(auto=True) == 0
+
+
+def test_two_copies_at_a_time_go_over_the_link_between_two_hosts() -> None:
+    """However many servers there are at its ends; within a host no link is in the way."""
+    world = World(min_servers=2)
+    for name in "abc":
+        world.server(name, host="x")
+    world.table(table_spec(elements=1024 * 3))
+    for name in "def":
+        world.server(name, host="y")
+    for row in world.partitions()[:6]:
+        world.move(row.partition, row.server, "def"[row.partition % 3])
+    world.plan()
+    assert sum(len(row.learners) for row in world.partitions()) == 2
+    world.run_moves()
+    assert {row.server for row in world.partitions()[:6]} <= set("def")
