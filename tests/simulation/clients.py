@@ -166,7 +166,6 @@ class AsyncPusher(Client):
 
     async def _life(self) -> None:
         """Until all is pushed, or this client is fenced."""
-        self.floor = (0, 0)
         seq, flying = 0, dict[int, Task]()
         fenced = False
         while (self.left > 0 or flying) and not fenced:
@@ -205,6 +204,29 @@ class AsyncPusher(Client):
             return
         self.world.checks.read(self, expected, answer)
         self.floor = max(self.floor, (answer.epoch, answer.lsn))
+
+
+class Reader(Client):
+    """Hears from pushers how far they are, and reads no less: floors that are not of its own map.
+
+    So do workers, whom the ledger tells the floors of the others (`exchange_async.py`).
+    """
+
+    async def live(self) -> None:
+        await self.register()
+        pushers = [client for client in self.world.clients if isinstance(client, AsyncPusher)]
+        while not all(pusher.finished or not pusher.process.alive for pusher in pushers):
+            await self.kernel.sleep(self.world.rng.uniform(0.0, self.world.profile.think_s))
+            await self._read_after(self.world.rng.choice(pushers))
+
+    async def _read_after(self, pusher: AsyncPusher) -> None:
+        expected = self.world.checks.expected(pusher)
+        floor = pusher.floor if self.world.floors else (0, 0)
+        try:
+            answer = await self.once("pull", Pull(self.client_id, self.world.async_partition, 0, floor))
+        except ParameshError:
+            return
+        self.world.checks.read(self, expected, answer)
 
 
 class Owner(Client):

@@ -89,6 +89,7 @@ class DataPlane:
         return error
 
     async def _push(self, slot: Slot, request: Push) -> Outcome:
+        slot.check_writable()
         client, made = request.client, request.contribution
         outcome: Outcome
         if request.writes:
@@ -128,6 +129,8 @@ class DataPlane:
 
     def _at_step(self, slot: Slot, request: Pull) -> Answer:
         assert request.step is not None
+        if slot.partition.applied_step < request.step:
+            slot.check_writable()
         slot.partition.commit(request.committed)
         slot.partition.check_step(request.step)
         return self._encode(slot)

@@ -101,6 +101,8 @@ class Outbound:
             except (ParameshError, StreamEnded) as error:
                 snapshot = isinstance(error, ParameshError) and error.reason == "DIVERGED"
                 server.kernel.note(f"{server.ref.node} stream of p{slot.number} to {ref.node} broke: {error!r}")
+            if not stream.installed:
+                slot.replica.pins.pop(ref, None)
             slot.replica.insync.lost(ref)
             slot.stir()
             if stream.answered:
@@ -115,7 +117,7 @@ class Sender:
         self._server, self._slot, self._ref, self._snapshot = server, slot, ref, snapshot
         self._epoch = slot.replica.machine.epoch
         self._version = slot.replica.insync.version
-        self.answered = False
+        self.answered = self.installed = False
 
     @property
     def _log(self) -> Any:
@@ -233,6 +235,7 @@ class Sender:
         slot.replica.pins[self._ref] = lsn
         self._server.kernel.note(f"{self._server.ref.node} snapshot of p{slot.number} to {self._ref.node} lsn={lsn}")
         await self._server.net.call(self._server.process, self._ref.node, "install", snapshot, INSTALL_S)
+        self.installed = True
 
     def _cut(self) -> tuple[int, Snapshot]:
         machine: Partition = self._slot.partition

@@ -24,6 +24,7 @@ class Slot:
         self.replica = replica
         self.closed = False
         self.applying = False
+        self.min_isr = 1
         self._lock = Lock()
         self._changed = Signal()
         self._moved = Signal()
@@ -74,6 +75,11 @@ class Slot:
     def check_primary(self) -> None:
         if self.replica.role is not Role.PRIMARY:
             raise refuse("NOT_PRIMARY", f"partition {self.number} has another primary now")
+
+    def check_writable(self) -> None:
+        there = len(self.replica.insync.isr)
+        if there < self.min_isr:
+            raise refuse("NOT_ENOUGH_REPLICAS", f"partition {self.number} has {there} of at least {self.min_isr}")
 
     @property
     def moved(self) -> Future:

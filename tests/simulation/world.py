@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy
 from paramesh import hyper
+from paramesh.errors import ParameshError
 from paramesh.framing import checksum
 from paramesh.routing import PartitionLayout, cut
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.rows import ClientState, PartitionState
+from paramesh_coordinator.store.base import StoreError
 from paramesh_coordinator.store.memory import MemoryMedium
 from paramesh_server import log as log_module
 from paramesh_server import partition as partition_module
@@ -31,11 +33,12 @@ from paramesh_server.staging import Contribution, FrameBytes, Staging, assemble
 from paramesh_server.writes import SlotBytes, SlotFrame
 
 from tests.simulation.checks import Checks
-from tests.simulation.clients import AsyncPusher, Client, Owner
+from tests.simulation.clients import AsyncPusher, Client, Owner, Reader
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Kernel, Violation
 from tests.simulation.network import Network
+from tests.simulation.scenarios import SCENARIOS, Kind, Scenario
 from tests.simulation.server import Server
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Ledger, Worker
@@ -60,21 +63,35 @@ class Profile:
     late_maps_s: float = 3.0
     late_wishes: float = 0.0
     slow_commits: float = 0.0
+    failing_commits: float = 0.0
+    min_isr: int = 1
     think_s: float = 0.1
     faults_per_s: float = 1.0
     faulty_s: float = 8.0
     kept_records: int = 256
     pushers: int = 2
+    readers: int = 0
     workers: int = 0
     steps: int = 12
     step_s: float = 0.5
+    idle: float = 0.3
+    """Of the steps after which a worker takes its time before it pulls."""
+    scenario: str = ""
+    """`scenarios.SCENARIOS`: faults that come together; empty: any, one by one."""
 
     @classmethod
-    def drawn(cls, rng: random.Random, replicas: int = 0) -> Profile:
-        """As a seed draws it."""
-        replicas, pushers = replicas or rng.choice([2, 2, 3]), rng.choice([0, 1, 2, 2])
-        return cls(
+    def drawn(cls, rng: random.Random, replicas: int = 0, **changes: Any) -> Profile:
+        """As a seed draws it; changes are set after that, and what their scenario needs."""
+        drawn = rng.choice(["", "", *SCENARIOS]) if replicas != 2 else rng.choice(["", "", *_with_two()])
+        scenario = changes.get("scenario", drawn)
+        kind = SCENARIOS.get(scenario, Kind(()))
+        replicas = max(replicas or rng.choice([2, 2, 3]), kind.replicas)
+        pushers = rng.choice([0, 1, 2, 2])
+        profile = cls(
             replicas=replicas,
+            min_isr=rng.choice([1, 2]) if replicas == 3 else 1,
+            failing_commits=rng.choice([0.0, 0.0, 0.0, 0.2]),
+            readers=rng.choice([0, 0, 1]) if pushers else 0,
             servers=replicas + rng.choice([0, 1, 1, 2]),
             latency=rng.choice([0.003, 0.003, 0.03, 0.1]),
             pooled=rng.choice([0.0, 0.0, 0.3]),
@@ -91,6 +108,13 @@ class Profile:
             steps=rng.choice([6, 12, 20]),
             step_s=rng.choice([0.3, 1.0]),
         )
+        for name, value in {**kind.profile, "scenario": scenario, **changes}.items():
+            setattr(profile, name, value)
+        return profile
+
+
+def _with_two() -> list[str]:
+    return [name for name, kind in SCENARIOS.items() if kind.replicas == 2]
 
 
 class Failure(AssertionError):
@@ -134,7 +158,9 @@ class World:
         self.kernel = Kernel(seed)
         self.rng = self.kernel.rng
         self.profile = profile or Profile.drawn(self.rng)
-        self.config = CoordinatorConfig(replicas=self.profile.replicas, min_servers=self.profile.servers)
+        self.config = CoordinatorConfig(
+            replicas=self.profile.replicas, min_isr=self.profile.min_isr, min_servers=self.profile.servers
+        )
         self.net = Network(self.kernel, self.rng)
         self.net.latency = self.profile.latency
         self.medium = MemoryMedium()
@@ -147,7 +173,7 @@ class World:
         self.floors = True
         self.begun = False
         self.clients: list[Client] = []
-        self.faults = Faults(self)
+        self.faults = Scenario(self) if self.profile.scenario else Faults(self)
         self.ledger = Ledger(self)
         self.net.nodes["ledger"] = self.ledger
         self.gradients: dict[tuple[int, int, int, int], numpy.ndarray] = {}
@@ -170,6 +196,8 @@ class World:
         for i in range(profile.pushers):
             pushes, window = self.rng.randint(15, 45), self.rng.choice([1, 3, 5])
             self.join(AsyncPusher(self, f"pusher{i}", pushes, window))
+        for i in range(profile.readers):
+            self.join(Reader(self, f"reader{i}"))
         for i in range(profile.workers):
             self.join(Worker(self, f"worker{i}"))
         self.faults.start(self.kernel.now + profile.faulty_s)
@@ -207,6 +235,15 @@ class World:
     def _tell(self, node: Coordinator, ref: Ref) -> None:
         self.kernel.spawn(node.process, node.report_exit(ref), "report exit")
 
+    def end_client(self, client_id: int, told: float) -> None:
+        """SIGKILL one; the coordinator hears of it so much later, and another worker comes."""
+        for client in self.clients[1:]:
+            if client.client_id == client_id and client.process.alive and not client.finished:
+                self.kernel.note(f"KILL {client.name}, client {client_id}")
+                self.kernel.at(told, None, self.declare_dead, client_id)
+                self.kernel.kill(client.process)
+                self.kernel.at(self.rng.uniform(0.1, 3.0), None, self._replace, client.name)
+
     def kill_some_client(self) -> None:
         """Of a pusher, the rest of its work is nobody's; in a worker's place another comes."""
         running = [c for c in self.clients[1:] if c.process.alive and not c.finished and c.client_id]
@@ -217,7 +254,7 @@ class World:
         self.kernel.note(f"{'PAUSE' if zombie else 'KILL'} {client.name}, client {client.client_id}")
         self.kernel.at(self.rng.uniform(0.05, 2.0), None, self.declare_dead, client.client_id)
         if zombie:
-            client.process.paused = True
+            self.kernel.pause(client.process)
             self.kernel.at(self.rng.uniform(0.5, 4.0), None, self.kernel.resume, client.process)
             return
         self.kernel.kill(client.process)
@@ -235,9 +272,25 @@ class World:
         self.closed[client] = None
         node = self.coordinator
         if node.process.alive and not node.process.paused:
-            self.kernel.spawn(node.process, node.client_gone(client), "client gone")
+            self.kernel.spawn(node.process, self._tell_gone(node, client), "client gone")
         else:
             self.kernel.at(0.5, None, self.declare_dead, client)
+
+    async def _tell_gone(self, node: Coordinator, client: int) -> None:
+        try:
+            await node.client_gone(client)
+        except ParameshError:
+            self.kernel.at(0.5, None, self.declare_dead, client)
+
+    def refuse_commit(self) -> None:
+        """The store's disk says no, now and then.
+
+        Raises:
+            StoreError: nothing was committed.
+        """
+        if not self.faults.over and self.rng.random() < self.profile.failing_commits:
+            self.kernel.note("the store refuses a commit")
+            raise StoreError("no space left")
 
     def commit_delay(self) -> float:
         """Seconds of half a commit of the store."""
@@ -422,9 +475,7 @@ def simulate(seed: int, replicas: int = 0, **changes: Any) -> Outcome:
     Raises:
         Failure: an invariant does not hold; the message is its story.
     """
-    world = World(seed, Profile.drawn(random.Random(seed), replicas))
-    for name, value in changes.items():
-        setattr(world.profile, name, value)
+    world = World(seed, Profile.drawn(random.Random(seed), replicas, **changes))
     try:
         with _installed(world):
             how = world.run()
