@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+DRAWN = "drawn"
+"""The seed draws its scenario, or none."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One scenario."""

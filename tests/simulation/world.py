@@ -38,7 +38,7 @@ from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Kernel, Violation
 from tests.simulation.network import Network
-from tests.simulation.scenarios import SCENARIOS, Kind, Scenario
+from tests.simulation.scenarios import DRAWN, SCENARIOS, Kind, Scenario
 from tests.simulation.server import Server
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Ledger, Worker
@@ -80,10 +80,10 @@ class Profile:
     """`scenarios.SCENARIOS`: faults that come together; empty: any, one by one."""
 
     @classmethod
-    def drawn(cls, rng: random.Random, replicas: int = 0, **changes: Any) -> Profile:
+    def drawn(cls, rng: random.Random, replicas: int = 0, scenario: str = DRAWN, **changes: Any) -> Profile:
         """As a seed draws it; changes are set after that, and what their scenario needs."""
-        drawn = rng.choice(["", "", *SCENARIOS]) if replicas != 2 else rng.choice(["", "", *_with_two()])
-        scenario = changes.get("scenario", drawn)
+        drawn = rng.choice(["", "", *(name for name, kind in SCENARIOS.items() if kind.replicas == 2 or replicas != 2)])
+        scenario = drawn if scenario == DRAWN else scenario
         kind = SCENARIOS.get(scenario, Kind(()))
         replicas = max(replicas or rng.choice([2, 2, 3]), kind.replicas)
         pushers = rng.choice([0, 1, 2, 2])
@@ -108,13 +108,9 @@ class Profile:
             steps=rng.choice([6, 12, 20]),
             step_s=rng.choice([0.3, 1.0]),
         )
-        for name, value in {**kind.profile, "scenario": scenario, **changes}.items():
+        for name, value in {**kind.profile, **changes, "scenario": scenario}.items():
             setattr(profile, name, value)
         return profile
-
-
-def _with_two() -> list[str]:
-    return [name for name, kind in SCENARIOS.items() if kind.replicas == 2]
 
 
 class Failure(AssertionError):
@@ -469,25 +465,32 @@ class Outcome:
     world: World
 
 
-def simulate(seed: int, replicas: int = 0, **changes: Any) -> Outcome:
+def simulate(seed: int, replicas: int = 0, scenario: str = DRAWN, **changes: Any) -> Outcome:
     """Run one seed.
+
+    Args:
+        seed: of everything.
+        replicas: 2 or 3; 0: as the seed draws it.
+        scenario: of `SCENARIOS`, "" for none of them, or as the seed draws it.
+        changes: of the profile.
 
     Raises:
         Failure: an invariant does not hold; the message is its story.
     """
-    world = World(seed, Profile.drawn(random.Random(seed), replicas, **changes))
+    world = World(seed, Profile.drawn(random.Random(seed), replicas, scenario, **changes))
     try:
         with _installed(world):
             how = world.run()
     except Exception as error:
-        raise Failure(_story(seed, replicas, world, error)) from error
+        raise Failure(_story(seed, replicas, scenario, world, error)) from error
     finally:
         world.close()
     return Outcome(seed, how, world.kernel.steps, world.kernel.now, world)
 
 
-def _story(seed: int, replicas: int, world: World, error: Exception) -> str:
+def _story(seed: int, replicas: int, scenario: str, world: World, error: Exception) -> str:
     again = f"make sim SEED={seed}" + (f" REPLICAS={replicas}" if replicas else "")
+    again += f" SCENARIO='{scenario}'" if scenario != DRAWN else ""
     lines = "\n".join(world.kernel.trace)
     return f"seed {seed} fails: {error!r}\n{world.profile}\n{lines}\nreplay: {again}"
 
