@@ -153,6 +153,8 @@ class Checks:
                 self._silent(row)
                 self._live[Ref(*row.ref)] = row.state is NodeState.LIVE
                 self._certain[Ref(*row.ref)] = row.certain or row.state is NodeState.LEFT
+                for ref in self._live:  # whoever comes under a name buries those before
+                    self._certain[ref] |= ref.node == row.name and ref.incarnation < row.incarnation
         for row in draft.writes.values():
             if isinstance(row, PartitionRow):
                 self._row(row)
@@ -166,8 +168,8 @@ class Checks:
         if certain or not self._live.get(Ref(*row.ref)):
             return
         coordinator = self._world.coordinator
-        ran = coordinator.ran - coordinator.heard.get(NodeKey("server", *row.ref), coordinator.began)
-        if ran < TIMEOUT_S:
+        ran = coordinator.decided - coordinator.heard.get(NodeKey("server", *row.ref), coordinator.began)
+        if 0 <= ran < TIMEOUT_S:  # below 0: it was heard while the decision was being written
             self.fail(f"19: {row.ref} was declared dead, and the coordinator ran for {ran:.2f} s since it was heard")
 
     def _row(self, row: PartitionRow) -> None:

@@ -22,6 +22,7 @@ PASSING = ("UNREACHABLE", "DEADLINE", "PARTITION_OFFLINE", "NOT_ENOUGH_REPLICAS"
 """What a client of this world repeats: it has all the time there is."""
 
 CALL_S = 3.0
+BEAT_S = 0.5
 
 
 class Client(abc.ABC):
@@ -51,6 +52,7 @@ class Client(abc.ABC):
         except ParameshError as error:
             raise Violation(f"17: {self.name} got {error!r}") from error
         self.finished = True
+        await self.patiently("coordinator", "client_left", self.client_id)
 
     @abc.abstractmethod
     async def live(self) -> None:
@@ -79,10 +81,10 @@ class Client(abc.ABC):
             try:
                 if self.client_id:
                     who = NodeKey.client(self.client_id)
-                    nonce, _ = await self.net.call(self.process, "coordinator", "beat", (who, nonce), 0.9)
+                    nonce, _ = await self.net.call(self.process, "coordinator", "beat", (who, nonce), BEAT_S * 0.9)
             except ParameshError:
                 pass
-            await self.kernel.sleep(1.0)
+            await self.kernel.sleep(BEAT_S)
 
     async def _watch(self) -> None:
         backoff = Backoff(self.world.rng, cap=1.0)

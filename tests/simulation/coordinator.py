@@ -52,7 +52,7 @@ class Coordinator:
         self._errands: dict[int, Task] = {}
         for node in self.state.beating():
             self.liveness.track(node, self.kernel.now, heard=False)
-        self.began = self.ran
+        self.began = self.decided = self.ran
         self._started = self.kernel.spawn(self.process, self._start(), "start")
 
     async def _start(self) -> None:
@@ -83,6 +83,7 @@ class Coordinator:
 
     async def _decide(self, decision: Callable[[Draft], Any]) -> Any:
         draft = Draft(self.state, self.store.term, 0, self.recent.senses(self.liveness, self.kernel.now))
+        self.decided = self.ran
         result = decision(draft)
         if draft.writes:
             await self.kernel.sleep(self.world.commit_delay())
@@ -245,6 +246,10 @@ class Coordinator:
         incarnation = 1 + sum(map(ord, slot))
         hello = membership.ClientHello(incarnation, slot, "", 0, "h", "worker")
         return int(await self.decide(lambda draft: membership.register_client(draft, hello)))
+
+    async def client_left(self, client: int) -> None:
+        await self._ready()
+        await self.decide(lambda draft: membership.client_left(draft, client))
 
     async def client_gone(self, client: int) -> None:
         """A client is declared dead: silence, or an exit report of its supervisor."""

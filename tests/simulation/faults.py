@@ -104,7 +104,7 @@ class Faults:
             self.kernel.note(f"CONTINUE {server.ref}")
             self.kernel.resume(server.process)
 
-    def restart_coordinator(self) -> None:
+    def restart_coordinator(self, back: float | None = None) -> None:
         """It dies; another starts on its store."""
         coordinator = self.world.coordinator
         if not coordinator.process.alive:
@@ -112,7 +112,7 @@ class Faults:
         self.kernel.note("KILL coordinator")
         self.kernel.kill(coordinator.process)
         self.net.died(coordinator.process)
-        self.kernel.at(self.rng.uniform(0.05, 3.0), None, self._start_coordinator)
+        self.kernel.at(self.rng.uniform(0.05, 3.0) if back is None else back, None, self._start_coordinator)
 
     def _start_coordinator(self) -> None:
         if not self.world.coordinator.process.alive:
@@ -188,9 +188,10 @@ class Faults:
         """Nothing passes from the first to the second of each pair."""
         self.kernel.note(f"CUT {pairs} for {seconds:.2f}")
         self.net.cuts.update(dict.fromkeys(pairs))
-        self.kernel.at(seconds, None, self._mend, pairs)
+        self.kernel.at(seconds, None, self.mend, pairs)
 
-    def _mend(self, pairs: list[tuple[str, str]]) -> None:
+    def mend(self, pairs: list[tuple[str, str]]) -> None:
+        """Everything passes again."""
         for pair in pairs:
             self.net.cuts.pop(pair, None)
 

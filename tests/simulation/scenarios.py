@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.rows import PartitionRow
 from paramesh_server.insync import Ref
+from paramesh_server.replica import Role
 
 from tests.simulation.faults import Faults
 
@@ -37,6 +38,8 @@ class Kind:
     """What it sets in the seed's profile."""
     replicas: int = 2
     """At least."""
+    bare: bool = False
+    """No server more than replicas: whoever is dropped is all that there is."""
 
 
 class Scenario(Faults):
@@ -45,6 +48,8 @@ class Scenario(Faults):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         kind = SCENARIOS[world.profile.scenario]
+        self._busy: set[int] = set()
+        """Partitions in the middle of such a story."""
         self._deaths = "kill_contributor" in kind.faults
         self.kinds = [(getattr(self, name), 1) for name in kind.faults]
 
@@ -78,35 +83,82 @@ class Scenario(Faults):
         self.pause(self.rng.choice(followers), self.rng.uniform(0.5, 1.9))
         self._later(self.rng.uniform(0.0, 0.1), self.kill, primary, told=True)
 
-    def depose_and_bring_back(self) -> None:
-        """The primary is silent until another one leads; that one dies, and the first leads again.
+    def _when(self, condition: Callable[[], Any], then: Callable[[], None], patience: float) -> None:
+        """Look every few milliseconds; give up after so many seconds."""
+        until = self.kernel.now + patience
 
-        It hears of the one in between by followers, and never by a map.
+        def look() -> None:
+            if self.over or self.kernel.now > until:
+                return
+            if condition():
+                then()
+            else:
+                self.kernel.at(0.004, None, look)
+
+        look()
+
+    def depose_and_bring_back(self) -> None:
+        """A primary with a learner is silent until another one leads; that one dies, and the first leads again.
+
+        It hears of the one in between by its followers, and never by a map.
         """
         row = self._row()
         primary = self._server(row.primary)
-        if primary is None or len(row.isr) < 3:
+        if primary is None or len(row.isr) < 3 or self._busy:
             return
-        name = row.primary.name
-        self.cut_off([(name, "coordinator"), ("coordinator", name)], 3.2)
-        self._later(self.rng.uniform(2.7, 3.1), self._kill_leader, row.partition, row.primary)
+        number, name, rows = row.partition, row.primary.name, self.world.checks.rows
+        third = self._server(row.isr[-1] if row.isr[-1] != row.primary else row.isr[0])
+
+        def has_learner() -> bool:
+            slot = primary.held.get(number)
+            return slot is not None and bool(slot.replica.insync.learners)
+
+        def silence() -> None:
+            self.cut_off([(name, "coordinator"), ("coordinator", name)], 3.2)
+            self._when(lambda: _deposed(primary, number), lambda: self._kill_leader(number, row.primary), 3.0)
+
+        if third is not None:
+            self._busy.add(number)
+            self.kernel.at(8.0, None, self._busy.discard, number)
+            self.kill(third, told=True)
+            self._when(lambda: rows[number].primary == row.primary and has_learner(), silence, 5.0)
 
     def _kill_leader(self, number: int, before: Any) -> None:
         row = self.world.checks.rows[number]
         server = self._server(row.primary)
-        if row.primary != before and server is not None:
-            self.kill(server, told=True)
+        if row.primary != before and server is not None and any(Ref(*before) == Ref(*ref) for ref in row.isr):
+            self.kernel.note(f"KILL {server.ref}, who leads p{number} since a moment ago")
+            self.world.end(server, back=self.rng.uniform(0.1, 5.0))
 
     def drop_behind_its_back(self) -> None:
-        """A follower leaves the set and comes back as a learner, and its primary hears only of the latter."""
+        """A follower leaves the set and comes back as a learner, and its primary hears only of the latter.
+
+        A coordinator that has just started does not know that it was dropped a moment ago.
+        """
         row = self._row()
         followers = [ref for ref in row.isr if ref != row.primary and self._server(ref)]
-        if self._server(row.primary) is None or not followers:
+        if self._server(row.primary) is None or not followers or self._busy:
             return
-        primary, other = row.primary.name, self.rng.choice(followers).name
-        self.cut_off([(primary, other), (other, primary)], self.rng.uniform(2.3, 6.5))
-        for moment in (1.9, 3.5, 5.1):  # short ones: a server that hears nothing for two seconds is dead
-            self._later(moment, self.cut_off, [("coordinator", primary)], self.rng.uniform(0.8, 1.4))
+        number, name, other, rows = row.partition, row.primary.name, self.rng.choice(followers), self.world.checks.rows
+        follower = self._server(other)
+        assert follower is not None
+        between, deaf = [(name, other.name), (other.name, name)], [("coordinator", name)]
+        self._busy.add(number)
+        self.cut_off(between, 6.0)
+
+        def dropped() -> None:
+            self._when(lambda: number not in follower.held, restart, 1.0)
+
+        def restart() -> None:
+            self.restart_coordinator(0.05)
+            self._when(lambda: other in rows[number].learners, whole, 1.0)
+
+        def whole() -> None:
+            self.mend([*between, *deaf])
+
+        self._later(1.9, self.cut_off, deaf, 2.5)  # just before it asks for a set without that follower
+        self._when(lambda: other not in rows[number].isr, dropped, 4.0)
+        self.kernel.at(6.0, None, self._busy.discard, number)
 
     def cut_followers(self) -> None:
         """A learner or follower hears nothing of its primary for a while."""
@@ -127,14 +179,23 @@ class Scenario(Faults):
             self.world.end_client(self.rng.choice(ids), self.rng.uniform(0.0, 0.3))
 
 
+def _deposed(server: Server, number: int) -> bool:
+    slot = server.held.get(number)
+    return slot is not None and slot.replica.role is Role.FOLLOWER
+
+
 SCENARIOS: dict[str, Kind] = {
     "followers fall silent": Kind(("kill_server", "cut_followers", "reset"), {"late_wishes": 0.8, "think_s": 0.1}),
     "primaries die": Kind(("kill_primary",), {"latency": 0.1, "think_s": 0.1, "pushers": 2}),
     "primaries die beside stopped followers": Kind(
         ("kill_primary_beside_a_stopped_follower", "kill_server"), {"latency": 0.1, "kept_records": 256}, 3
     ),
-    "deposed and back": Kind(("depose_and_bring_back",), {"late_maps": 0.0}, 3),
-    "dropped behind its back": Kind(("drop_behind_its_back",), {"kept_records": 256, "latency": 0.1}),
+    "deposed and back": Kind(
+        ("depose_and_bring_back",), {"servers": 5, "latency": 0.1, "late_wishes": 0.9, "think_s": 0.1, "pushers": 2}, 3
+    ),
+    "dropped behind its back": Kind(
+        ("drop_behind_its_back",), {"kept_records": 256, "latency": 0.1, "pushers": 2}, bare=True
+    ),
     "contributors die": Kind(("kill_contributor",), {"idle": 1.0, "workers": 3, "latency": 0.03}),
     "moves": Kind(("move", "drain", "kill_client"), {"workers": 3}),
 }

@@ -11,7 +11,6 @@ import torch
 from tests.simulation.broken import BROKEN
 from tests.simulation.world import Failure, simulate
 
-
 Job = tuple[int, int, str, str]
 """Seed, replicas (0: drawn), scenario ("drawn": by the seed), broken rule ("": none)."""
 

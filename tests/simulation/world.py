@@ -92,7 +92,7 @@ class Profile:
             min_isr=rng.choice([1, 2]) if replicas == 3 else 1,
             failing_commits=rng.choice([0.0, 0.0, 0.0, 0.2]),
             readers=rng.choice([0, 0, 1]) if pushers else 0,
-            servers=replicas + rng.choice([0, 1, 1, 2]),
+            servers=replicas + rng.choice([0, 1, 1, 2]) * (not kind.bare),
             latency=rng.choice([0.003, 0.003, 0.03, 0.1]),
             pooled=rng.choice([0.0, 0.0, 0.3]),
             pool_s=rng.choice([0.005, 0.05]),
