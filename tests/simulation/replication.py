@@ -273,7 +273,7 @@ class Inbound:
             end.send(_where(slot))
             while True:
                 if self._take(slot, await self._until_diverged(slot, end)):
-                    end.send(_where(slot))
+                    end.send(_taken(slot))
         except StreamEnded:
             return
         except ParameshError as error:
@@ -354,6 +354,12 @@ async def _next(end: End) -> Head | None:
 def _where(slot: Slot, error: ParameshError | None = None) -> Where:
     replica = slot.replica
     return Where(replica.promised, replica.last, replica.machine.log.last, error)
+
+
+def _taken(slot: Slot) -> Where:
+    """After a record: an older primary's tail beyond it is not acknowledged."""
+    where = _where(slot)
+    return Where(where.epoch, Position(min(where.last.lsn, slot.replica.matched), 0), where.applied)
 
 
 def _refusal(slot: Slot | None, error: ParameshError) -> Where:

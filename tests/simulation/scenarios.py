@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.rows import PartitionRow
-from paramesh_server.insync import InSync, Ref
+from paramesh_server.insync import Ref
 from paramesh_server.replica import Role
 
 from tests.simulation.faults import Faults
@@ -38,8 +38,6 @@ class Kind:
     """What it sets in the seed's profile."""
     replicas: int = 2
     """At least."""
-    bare: bool = False
-    """No server more than replicas: whoever is dropped is all that there is."""
 
 
 class Scenario(Faults):
@@ -130,23 +128,6 @@ class Scenario(Faults):
             self.kernel.note(f"KILL {server.ref}, who leads p{number} since a moment ago")
             self.world.end(server, back=self.rng.uniform(0.1, 5.0))
 
-    def drop_behind_its_back(self) -> None:
-        """A follower leaves the set and comes back as a learner, and its primary hears only of the latter.
-
-        What the primary asked for when the follower was silent is decided late: the follower has everything
-        again by then. A coordinator that has just started does not know that it was dropped a moment ago.
-        Clients are quiet, so the primary sees nothing that the follower owes; and the follower stops for a
-        moment when it is greeted, with nothing in its memory.
-        """
-        row = self._row()
-        followers = [ref for ref in row.isr if ref != row.primary and self._server(ref)]
-        primary = self._server(row.primary)
-        if primary is None or not followers or self._busy:
-            return
-        self._busy.add(row.partition)
-        self.kernel.at(12.0, None, self._busy.discard, row.partition)
-        _Dropped(self, row, primary, self.rng.choice(followers)).begin()
-
     def cut_followers(self) -> None:
         """A learner or follower hears nothing of its primary for a while."""
         row = self._row()
@@ -171,61 +152,6 @@ def _deposed(server: Server, number: int) -> bool:
     return slot is not None and slot.replica.role is Role.FOLLOWER
 
 
-class _Dropped:
-    """`drop_behind_its_back`, act by act."""
-
-    def __init__(self, hand: Scenario, row: PartitionRow, primary: Server, other: Any) -> None:
-        self._hand, self._number, self._primary, self._other = hand, row.partition, primary, Ref(*other)
-        self._follower = hand.world.servers[self._other]
-        name, rows = row.primary.name, hand.world.checks.rows
-        self._row = lambda: rows[row.partition]
-        self._between = [(name, self._other.node), (self._other.node, name)]
-        self._deaf = [("coordinator", name)]
-
-    @property
-    def _insync(self) -> InSync:
-        slot = self._primary.held.get(self._number)
-        return slot.replica.insync if slot is not None else InSync(self._primary.ref)
-
-    def begin(self) -> None:
-        self._hand.cut_off(self._between, 6.0)
-        self._hand._when(self._asked_away, self._mended, 4.0)
-
-    def _asked_away(self) -> bool:
-        return self._insync._wish is not None and self._other not in self._insync._wish.isr
-
-    def _mended(self) -> None:
-        self._hand.mend(self._between)
-        self._hand.cut_off(self._deaf, 2.0)
-        self._hand._when(lambda: self._insync._acked.get(self._other, 0) >= self._insync.last, self._quiet, 2.0)
-        self._hand._when(lambda: self._other not in map(_ref, self._row().isr), self._decided, 3.0)
-
-    def _quiet(self) -> None:
-        for client in self._hand.world.clients:
-            if client.process.alive and not client.process.paused:
-                self._hand.kernel.pause(client.process)
-                self._hand.kernel.at(3.0, None, self._hand.kernel.resume, client.process)
-
-    def _decided(self) -> None:
-        self._hand._when(lambda: self._number not in self._follower.held, self._dropped, 1.0)
-
-    def _dropped(self) -> None:
-        self._hand.restart_coordinator(0.05)
-        self._hand._when(lambda: self._other in map(_ref, self._row().learners), self._learner, 1.0)
-
-    def _learner(self) -> None:
-        self._hand.mend(self._deaf)
-        self._hand._when(lambda: self._other in self._insync._joining, self._stop, 5.0)
-
-    def _stop(self) -> None:
-        if self._follower.process.alive and not self._follower.process.paused:
-            self._hand.pause(self._follower, 1.0)
-
-
-def _ref(row: Any) -> Ref:
-    return Ref(*row)
-
-
 SCENARIOS: dict[str, Kind] = {
     "followers fall silent": Kind(("kill_server", "cut_followers", "reset"), {"late_wishes": 0.8, "think_s": 0.1}),
     "primaries die": Kind(("kill_primary",), {"latency": 0.1, "think_s": 0.1, "pushers": 2}),
@@ -235,12 +161,8 @@ SCENARIOS: dict[str, Kind] = {
     "deposed and back": Kind(
         ("depose_and_bring_back",), {"servers": 5, "latency": 0.1, "late_wishes": 0.9, "think_s": 0.1, "pushers": 2}, 3
     ),
-    "dropped behind its back": Kind(
-        ("drop_behind_its_back",),
-        {"kept_records": 256, "latency": 0.03, "late_wishes": 1.0, "pushers": 2, "faults_per_s": 2.0, "faulty_s": 15.0},
-        bare=True,
-    ),
     "contributors die": Kind(("kill_contributor",), {"idle": 1.0, "workers": 3, "latency": 0.03}),
+    "the coordinator is stopped": Kind(("pause_coordinator", "kill_server")),
     "moves": Kind(("move", "drain", "kill_client"), {"workers": 3}),
 }
 """Name -> what comes together."""

@@ -92,7 +92,7 @@ class Profile:
             min_isr=rng.choice([1, 2]) if replicas == 3 else 1,
             failing_commits=rng.choice([0.0, 0.0, 0.0, 0.2]),
             readers=rng.choice([0, 0, 1]) if pushers else 0,
-            servers=replicas + rng.choice([0, 1, 1, 2]) * (not kind.bare),
+            servers=replicas + rng.choice([0, 1, 1, 2]),
             latency=rng.choice([0.003, 0.003, 0.03, 0.1]),
             pooled=rng.choice([0.0, 0.0, 0.3]),
             pool_s=rng.choice([0.005, 0.05]),
@@ -149,6 +149,8 @@ class World:
     specs: Sequence[pb.TableSpec] = SPECS
     async_partition = 1
     sync_partitions = (2, 3)
+    floors = True
+    """Whether pulls name one."""
 
     def __init__(self, seed: int, profile: Profile | None = None) -> None:
         self.kernel = Kernel(seed)
@@ -166,7 +168,6 @@ class World:
         self.elements: dict[tuple[int, int], int] = {}
         self.closed: dict[int, None] = {}
         """Clients that ended or were declared dead."""
-        self.floors = True
         self.begun = False
         self.clients: list[Client] = []
         self.faults = Scenario(self) if self.profile.scenario else Faults(self)
@@ -404,8 +405,8 @@ class World:
     def close(self) -> None:
         """End every process."""
         nodes = [*self.net.nodes.values(), *self.servers.values(), *self.clients]
-        for node in nodes:
-            self.kernel.kill(node.process)
+        for process in [*(node.process for node in nodes), self.faults.operator]:
+            self.kernel.kill(process)
 
     def run(self) -> str:
         """Until all is done; what became of it."""
