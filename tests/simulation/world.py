@@ -133,7 +133,8 @@ SPECS = (_spec("pushed", ELEMENTS, 4096), _spec("stepped", 256, 512))
 
 
 @functools.cache
-def _layouts(table: int) -> tuple[PartitionLayout, ...]:
+def layouts(table: int) -> tuple[PartitionLayout, ...]:
+    """Of a table id; 0 is the ledger's."""
     return cut(LEDGER_SPEC if table == 0 else SPECS[table - 1])
 
 
@@ -298,15 +299,15 @@ class World:
 
     def schema(self, table: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
         """Of a table id; 0 is the ledger's."""
-        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), _layouts(table)
+        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), layouts(table)
 
     def layouts_of(self, spec: pb.TableSpec) -> tuple[PartitionLayout, ...]:
         """As `schema`."""
-        return _layouts(1 + [s.name for s in SPECS].index(spec.name))
+        return layouts(1 + [s.name for s in SPECS].index(spec.name))
 
     def layout(self, partition: int) -> PartitionLayout:
         """Of a partition."""
-        return _layouts(1)[0] if partition == self.async_partition else _layouts(2)[partition - 2]
+        return layouts(1)[0] if partition == self.async_partition else layouts(2)[partition - 2]
 
     def one_hot(self, client: int, seq: int) -> tuple[int, Contribution]:
         """The element and the gradient of a push: 1 at an element that no other push has."""
