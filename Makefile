@@ -41,9 +41,9 @@ bench: install ## measure, beside the machine's limits, in one run
 soak: install ## the long tests
 	$(BIN)/python -m pytest tests -m soak --timeout 3600
 
-sim: install ## the simulation: SEEDS=2000 runs so many, SEED=17 replays one (REPLICAS=2|3, FIRST=n)
+sim: install ## the simulation: SEEDS=2000 runs so many, SEED=17 replays one (REPLICAS=2|3, SCENARIO=name, FIRST=n)
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(WORKERS)) \
-		$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(FIRST),--first $(FIRST))
+		$(if $(REPLICAS),--replicas $(REPLICAS)) $(if $(SCENARIO),--scenario '$(SCENARIO)') $(if $(FIRST),--first $(FIRST))
 
 $(PROTO_VENV)/.installed: tools/protos-requirements.txt
 	$(PYTHON) -m venv $(PROTO_VENV)

@@ -102,7 +102,9 @@ class Inbound:
             yield self._position(slot)
             async for head, payload in _until_diverged(slot, _records(stream)):
                 if await self._take(slot, head, payload):
-                    yield self._position(slot)
+                    answer = self._position(slot)
+                    answer.acked_lsn = min(answer.acked_lsn, slot.replica.matched)
+                    yield answer
         except StopAsyncIteration:
             return
         except ParameshError as error:

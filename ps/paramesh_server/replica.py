@@ -118,6 +118,14 @@ class Replica:
             return _at(self._tail[-1]) if self._tail else self.machine.log.last
 
     @property
+    def matched(self) -> int:
+        """As follower: up to here this log is that of the newest primary, and may be acknowledged to it.
+
+        Beyond it may stand an older primary's records, under numbers that the new one uses for others.
+        """
+        return self._matched
+
+    @property
     def commit(self) -> int:
         """Everything up to here is committed, as far as this replica knows."""
         return self.insync.commit if self.role is Role.PRIMARY else self._commit

@@ -243,7 +243,7 @@ class DataPlane:
         committed = list(first.committed)
         # Holding a view is instant; only a decision to apply is worth the pool.
         inline = True if all(r.step < partition.applied_step for r in committed) else None
-        return await held.lead(lambda: held.partition.stage(client, at, contribution, committed), inline=inline)
+        return await held.write(lambda: held.partition.stage(client, at, contribution, committed), inline=inline)
 
     async def _update(self, held: Held, client: int, incoming: Incoming[ps.PushHeader]) -> Outcome:
         partition, key = held.partition, incoming.first.sequenced
@@ -260,7 +260,7 @@ class DataPlane:
             contribution = error  # what cannot ever fit consumes its seq
         deadline = time.monotonic() + GAP_S
         while True:
-            outcome = await held.lead(lambda: held.partition.push(client, update, contribution))
+            outcome = await held.write(lambda: held.partition.push(client, update, contribution))
             if not outcome.held:
                 return outcome
             if not await held.changed(deadline - time.monotonic()):
@@ -272,7 +272,7 @@ class DataPlane:
             raise incoming.error
         held.check_writable()
         writes = await held.compute(partial(writes_of, incoming))
-        return await held.lead(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
+        return await held.write(lambda: held.partition.assign(client, first.assign_id, writes, first.init_attempt))
 
     # Norms, Inspect, Fence.
 

@@ -146,6 +146,19 @@ class Slot:
 
         return await self.run(guarded, inline=inline)
 
+    async def write(self, work: Callable[[], T], *, inline: bool | None = None) -> T:
+        """`lead`, for what appends a client's record: enough must be in sync when its turn comes, too.
+
+        Raises:
+            Retryable: NOT_PRIMARY; NOT_ENOUGH_REPLICAS.
+        """
+
+        def guarded() -> T:
+            self.check_writable()
+            return work()
+
+        return await self.lead(guarded, inline=inline)
+
     def check_primary(self) -> None:
         """Refuse what only a primary may do.
 

@@ -1,6 +1,6 @@
 """`make sim`: many seeds, or one with its story.
 
-python -m tests.simulation --seeds 2000 [--first 0] [--replicas 3] [--broken NAME] [--jobs 2]
+python -m tests.simulation --seeds 2000 [--first 0] [--replicas 3] [--scenario NAME] [--broken NAME] [--jobs 2]
 python -m tests.simulation --seed 17
 """
 
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 
 from tests.simulation.broken import BROKEN
+from tests.simulation.scenarios import DRAWN, SCENARIOS
 from tests.simulation.seeds import results
 
 SHOWN = 3
@@ -25,12 +26,16 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="only this one")
     parser.add_argument("--replicas", type=int, default=0, help="2 or 3; by default the seed draws it")
+    parser.add_argument(
+        "--scenario", default=DRAWN, choices=[DRAWN, "", *SCENARIOS], help="faults that come together; '': one by one"
+    )
     parser.add_argument("--broken", default="", choices=["", *BROKEN], help="with a rule taken out; must fail")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     flags = parser.parse_args()
     seeds = [flags.seed] if flags.seed is not None else range(flags.first, flags.first + flags.seeds)
+    jobs = [(seed, flags.replicas, flags.scenario, flags.broken) for seed in seeds]
     began, counts, failed = time.monotonic(), Counter[str](), list[int]()
-    for seed, how, story in results([(seed, flags.replicas, flags.broken) for seed in seeds], flags.jobs):
+    for seed, how, story in results(jobs, flags.jobs):
         counts[how] += 1
         if story:
             failed.append(seed)

@@ -16,7 +16,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+from paramesh import files
 from paramesh_coordinator import failover
+from paramesh_coordinator.checkers import Liveness, Verdict
 from paramesh_coordinator.rows import PartitionRow
 from paramesh_coordinator.state import Draft
 from paramesh_server import decisions, insync
@@ -32,6 +34,7 @@ from tests.simulation import replication
 from tests.simulation.dataplane import DataPlane
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Worker
+from tests.simulation.world import World
 
 Broken = Callable[[], AbstractContextManager[Any]]
 
@@ -175,7 +178,23 @@ def _nothing_inherited() -> AbstractContextManager[Any]:
     return _patch(InSync, "__init__", init)
 
 
+@_broken("silence counts while the coordinator was stopped")
+def _silence_of_its_own() -> AbstractContextManager[Any]:
+    """Both defences: the tick that came late, and the doubt while most are silent."""
+
+    def renew(self: Liveness, now: float, why: str) -> Verdict:
+        return Verdict(tuple(self._silent(now)))
+
+    return _patch(Liveness, "_renew", renew)
+
+
 # --- logs ---
+
+
+@_broken("an older primary's records are acknowledged to the next")
+def _old_tail_acknowledged() -> AbstractContextManager[Any]:
+    """Seed 100 of three replicas, of before."""
+    return _patch(replication, "_taken", replication._where)
 
 
 @_broken("a follower truncates on hearing of an epoch")
@@ -280,6 +299,17 @@ def _no_tombstone() -> AbstractContextManager[Any]:
         return known
 
     return _patch(Dedup, "fence", fence)
+
+
+@_broken("no floor is sent with a pull")
+def _no_floor() -> AbstractContextManager[Any]:
+    return _patch(World, "floors", False)
+
+
+@_broken("a folder is not synced after a rename")
+def _folder_not_synced() -> AbstractContextManager[Any]:
+    """Of checkpoints, and whatever else is written by `paramesh.files`."""
+    return _patch(files, "_sync_folder", lambda place: None)
 
 
 @_broken("a pull shows what is not committed")

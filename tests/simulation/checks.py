@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 import numpy
 from paramesh.v1 import replication_pb2 as rp
 from paramesh_coordinator.rows import NodeState, PartitionRow, PartitionState, ServerRow
-from paramesh_coordinator.state import Draft
+from paramesh_coordinator.state import Draft, NodeKey
 from paramesh_server.insync import Ref
 from paramesh_server.log import Log, Position, RecordHeader
+from paramesh_server.replica import Role
 
+from tests.simulation.coordinator import TIMEOUT_S
 from tests.simulation.dataplane import Answer, Push
 from tests.simulation.kernel import Violation
 from tests.simulation.slots import Slot
 from tests.simulation.workers import reference_step
 
 if TYPE_CHECKING:
-    from tests.simulation.clients import AsyncPusher
+    from tests.simulation.clients import AsyncPusher, Client
     from tests.simulation.world import World
 
 HASHED = 0.1
@@ -70,12 +72,20 @@ class Checks:
                 break
             self._before.setdefault((slot.number, header.lsn, header.epoch), log.before(header.lsn))
             key = (slot.number, header.lsn, header.epoch)
+            if key not in self._records and slot.replica.role is Role.PRIMARY:
+                self._enough(slot, header)
             if header.kind == rp.RECORD_KIND_STEP and key not in self._records:
                 self._summed(slot, key, header.step)
             known = self._records.setdefault(key, header)
             if known != header:
                 self.fail(f"7: two records at {key}: {known} and {header} at {slot.server.ref.node}")
         self.state(slot)
+
+    def _enough(self, slot: Slot, header: RecordHeader) -> None:
+        """10: no client's record is appended while too few are in sync."""
+        there = len(slot.replica.insync.isr)
+        if header.kind in (rp.RECORD_KIND_PUSH, rp.RECORD_KIND_STEP) and there < self._world.profile.min_isr:
+            self.fail(f"10: {header} was appended to p{slot.number} with {there} in sync")
 
     def _summed(self, slot: Slot, key: tuple[int, int, int], step: int) -> None:
         """14: nobody is left out whose contribution this very primary has acknowledged."""
@@ -140,14 +150,27 @@ class Checks:
         """A decision is in the store."""
         for row in draft.writes.values():
             if isinstance(row, ServerRow):
+                self._silent(row)
                 self._live[Ref(*row.ref)] = row.state is NodeState.LIVE
                 self._certain[Ref(*row.ref)] = row.certain or row.state is NodeState.LEFT
+                for ref in self._live:  # whoever comes under a name buries those before
+                    self._certain[ref] |= ref.node == row.name and ref.incarnation < row.incarnation
         for row in draft.writes.values():
             if isinstance(row, PartitionRow):
                 self._row(row)
         for row in self.rows.values():
             if (row.state is PartitionState.ONLINE) != self._live.get(Ref(*row.primary), False):
                 self.fail(f"22: {row} and its primary's state differ")
+
+    def _silent(self, row: ServerRow) -> None:
+        """19: silence is death only while the coordinator itself ran."""
+        certain = row.certain or row.state in (NodeState.LIVE, NodeState.LEFT)
+        if certain or not self._live.get(Ref(*row.ref)):
+            return
+        coordinator = self._world.coordinator
+        ran = coordinator.decided - coordinator.heard.get(NodeKey("server", *row.ref), coordinator.began)
+        if 0 <= ran < TIMEOUT_S:  # below 0: it was heard while the decision was being written
+            self.fail(f"19: {row.ref} was declared dead, and the coordinator ran for {ran:.2f} s since it was heard")
 
     def _row(self, row: PartitionRow) -> None:
         old = self.rows.get(row.partition)
@@ -198,7 +221,7 @@ class Checks:
         mine = {e for (c, _), e in self.acked.items() if c == client.client_id}
         return mine | self._seen.get(client.name, set())
 
-    def read(self, client: AsyncPusher, expected: set[int], answer: Answer) -> None:
+    def read(self, client: Client, expected: set[int], answer: Answer) -> None:
         """13: no client reads its own past."""
         values = numpy.frombuffer(answer.values, dtype=numpy.float32)
         self._count(values)

@@ -22,6 +22,7 @@ PASSING = ("UNREACHABLE", "DEADLINE", "PARTITION_OFFLINE", "NOT_ENOUGH_REPLICAS"
 """What a client of this world repeats: it has all the time there is."""
 
 CALL_S = 3.0
+BEAT_S = 0.5
 
 
 class Client(abc.ABC):
@@ -51,6 +52,7 @@ class Client(abc.ABC):
         except ParameshError as error:
             raise Violation(f"17: {self.name} got {error!r}") from error
         self.finished = True
+        await self.patiently("coordinator", "client_left", self.client_id)
 
     @abc.abstractmethod
     async def live(self) -> None:
@@ -79,10 +81,10 @@ class Client(abc.ABC):
             try:
                 if self.client_id:
                     who = NodeKey.client(self.client_id)
-                    nonce, _ = await self.net.call(self.process, "coordinator", "beat", (who, nonce), 0.9)
+                    nonce, _ = await self.net.call(self.process, "coordinator", "beat", (who, nonce), BEAT_S * 0.9)
             except ParameshError:
                 pass
-            await self.kernel.sleep(1.0)
+            await self.kernel.sleep(BEAT_S)
 
     async def _watch(self) -> None:
         backoff = Backoff(self.world.rng, cap=1.0)
@@ -166,7 +168,6 @@ class AsyncPusher(Client):
 
     async def _life(self) -> None:
         """Until all is pushed, or this client is fenced."""
-        self.floor = (0, 0)
         seq, flying = 0, dict[int, Task]()
         fenced = False
         while (self.left > 0 or flying) and not fenced:
@@ -205,6 +206,29 @@ class AsyncPusher(Client):
             return
         self.world.checks.read(self, expected, answer)
         self.floor = max(self.floor, (answer.epoch, answer.lsn))
+
+
+class Reader(Client):
+    """Hears from pushers how far they are, and reads no less: floors that are not of its own map.
+
+    So do workers, whom the ledger tells the floors of the others (`exchange_async.py`).
+    """
+
+    async def live(self) -> None:
+        await self.register()
+        pushers = [client for client in self.world.clients if isinstance(client, AsyncPusher)]
+        while not all(pusher.finished or not pusher.process.alive for pusher in pushers):
+            await self.kernel.sleep(self.world.rng.uniform(0.0, self.world.profile.think_s))
+            await self._read_after(self.world.rng.choice(pushers))
+
+    async def _read_after(self, pusher: AsyncPusher) -> None:
+        expected = self.world.checks.expected(pusher)
+        floor = pusher.floor if self.world.floors else (0, 0)
+        try:
+            answer = await self.once("pull", Pull(self.client_id, self.world.async_partition, 0, floor))
+        except ParameshError:
+            return
+        self.world.checks.read(self, expected, answer)
 
 
 class Owner(Client):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
-from paramesh_coordinator import catalog, membership, operators, replicas
+from paramesh_coordinator import catalog, membership, moves, operators, replicas
 from paramesh_coordinator.checkers import Liveness, Silent
 from paramesh_coordinator.driver import TICKS_PER_BEAT, fresh_job
 from paramesh_coordinator.planning import LOOK_SECONDS, PAUSE_SECONDS, Recent
@@ -41,6 +41,8 @@ class Coordinator:
         self.state = ClusterState.load(self.store.scan(""), fresh_job(world.config))
         first_nonce = world.rng.randrange(1 << 40) + 1
         self.liveness = Liveness(BEAT_S, TIMEOUT_S, CLIENT_TIMEOUT_S, self.kernel.now, first_nonce)
+        self.heard: dict[NodeKey, float] = {}
+        """Node -> how long this process had run (not stopped) when it was heard last; for the checks."""
         self.recent = Recent()
         self.routes = Routes(build_map(self.state, self.store.term))
         self._published = Signal()
@@ -50,6 +52,7 @@ class Coordinator:
         self._errands: dict[int, Task] = {}
         for node in self.state.beating():
             self.liveness.track(node, self.kernel.now, heard=False)
+        self.began = self.decided = self.ran
         self._started = self.kernel.spawn(self.process, self._start(), "start")
 
     async def _start(self) -> None:
@@ -80,9 +83,12 @@ class Coordinator:
 
     async def _decide(self, decision: Callable[[Draft], Any]) -> Any:
         draft = Draft(self.state, self.store.term, 0, self.recent.senses(self.liveness, self.kernel.now))
+        self.decided = self.ran
         result = decision(draft)
         if draft.writes:
             await self.kernel.sleep(self.world.commit_delay())
+            if self._started.done:
+                self.world.refuse_commit()
             self.store.transact(draft.compare, draft.encoded())
             self.world.checks.committed(draft)
             await self.kernel.sleep(self.world.commit_delay())
@@ -94,6 +100,7 @@ class Coordinator:
         for effect in draft.effects:
             if isinstance(effect, Registered):
                 self.liveness.track(effect.node, self.kernel.now)
+                self.heard[effect.node] = self.ran
             elif isinstance(effect, Ended):
                 self.liveness.forget(effect.node)
             else:
@@ -108,6 +115,11 @@ class Coordinator:
             self._look()
 
     # --- time ---
+
+    @property
+    def ran(self) -> float:
+        """Seconds of the world in which this process was not stopped."""
+        return self.kernel.now - self.process.stopped
 
     async def _tick(self) -> None:
         judging: Task | None = None
@@ -126,7 +138,7 @@ class Coordinator:
     async def _plan(self) -> None:
         while True:
             await self.kernel.wait(self._committed.next, LOOK_SECONDS)
-            if not (self.recent.waits or self.state.job.map_version != self._planned):
+            if not self._is_due():
                 continue
             try:
                 changed = await self.decide(replicas.plan)
@@ -135,6 +147,12 @@ class Coordinator:
             surplus = any(len(part.isr) > part.replicas for part in self.state.rows(PartitionRow).values())
             self._planned = -1 if changed or surplus else self.state.job.map_version
             await self.kernel.sleep(PAUSE_SECONDS)
+
+    def _is_due(self) -> bool:
+        state = self.state
+        if state.job.unsettled or state.moves() or any(row.draining for row in state.live_servers()):
+            return True
+        return self.recent.waits or state.job.map_version != self._planned
 
     # --- errands.py ---
 
@@ -148,11 +166,15 @@ class Coordinator:
         backoff = Backoff(self.world.rng)
         while (operation := self._operation(number)) is not None:
             committed = self._committed.next
-            if operators.finished(operation, self.state):
-                await self.decide(partial(operators.finish, operation=operation))
-                return
-            calls = operators.next_calls(operation, self.state)
-            done = await self.kernel.gather(self.process, *(self._send(call) for call in calls))
+            calls, done = list[operators.Call](), [False]
+            try:
+                if operators.finished(operation, self.state):
+                    await self.decide(partial(operators.finish, operation=operation))
+                    return
+                calls = operators.next_calls(operation, self.state)
+                done = await self.kernel.gather(self.process, *(self._send(call) for call in calls))
+            except ParameshError as error:
+                self.kernel.note(f"operation {number} waits: {error!r}")
             if not calls:
                 await self.kernel.wait(committed, 2.0)
             elif not all(done):
@@ -190,6 +212,8 @@ class Coordinator:
         who, echo = request
         await self._ready()
         nonce = self.liveness.beat(who, echo, self.kernel.now)
+        if self.liveness.silence(who, self.kernel.now) == 0:
+            self.heard[who] = self.ran
         return nonce or 0, nonce is None
 
     async def watch(self, version: int) -> Routes:
@@ -223,6 +247,10 @@ class Coordinator:
         hello = membership.ClientHello(incarnation, slot, "", 0, "h", "worker")
         return int(await self.decide(lambda draft: membership.register_client(draft, hello)))
 
+    async def client_left(self, client: int) -> None:
+        await self._ready()
+        await self.decide(lambda draft: membership.client_left(draft, client))
+
     async def client_gone(self, client: int) -> None:
         """A client is declared dead: silence, or an exit report of its supervisor."""
         await self._ready()
@@ -234,3 +262,16 @@ class Coordinator:
             raise refuse("NOT_READY", "waits for servers")
         sizes = [layout.nbytes for layout in self.world.layouts_of(spec)]
         await self.decide(lambda draft: catalog.create_table(draft, spec, sizes, LIMITS))
+
+    # --- psctl ---
+
+    async def psctl(self, request: tuple[Any, ...]) -> None:
+        """`move PARTITION FROM TO`, `drain NAME`, `undrain NAME`."""
+        await self._ready()
+        verb, *arguments = request
+        verbs: dict[str, Callable[..., Any]] = {
+            "move": moves.ask,
+            "drain": partial(moves.drain, why="psctl drain"),
+            "undrain": moves.undrain,
+        }
+        await self.decide(lambda draft: verbs[verb](draft, *arguments))

@@ -89,14 +89,15 @@ class DataPlane:
         return error
 
     async def _push(self, slot: Slot, request: Push) -> Outcome:
+        slot.check_writable()
         client, made = request.client, request.contribution
         outcome: Outcome
         if request.writes:
-            outcome = await slot.lead(lambda: slot.partition.assign(client, 1, request.writes, 1))
+            outcome = await slot.write(lambda: slot.partition.assign(client, 1, request.writes, 1))
         elif request.staged is not None:
             at, records = request.staged, list(request.committed)
             assert made is not None
-            outcome = await slot.lead(lambda: slot.partition.stage(client, at, made, records))
+            outcome = await slot.write(lambda: slot.partition.stage(client, at, made, records))
         else:
             outcome = await self._update(slot, request)
         return outcome
@@ -106,7 +107,7 @@ class DataPlane:
         assert made is not None
         deadline = self.kernel.now + GAP_S
         while True:
-            outcome: Outcome = await slot.lead(lambda: slot.partition.push(request.client, update, made))
+            outcome: Outcome = await slot.write(lambda: slot.partition.push(request.client, update, made))
             if not outcome.held:
                 return outcome
             if not await slot.changed(deadline - self.kernel.now):
@@ -128,6 +129,8 @@ class DataPlane:
 
     def _at_step(self, slot: Slot, request: Pull) -> Answer:
         assert request.step is not None
+        if slot.partition.applied_step < request.step:
+            slot.check_writable()
         slot.partition.commit(request.committed)
         slot.partition.check_step(request.step)
         return self._encode(slot)

@@ -24,6 +24,10 @@ TRACE = 60
 """Events that a failing seed shows."""
 
 
+NOTICED_S = 0.8
+"""Of a pause of the coordinator: `FRESH_BEATS` of its beats. Shorter ones count as time in which it ran."""
+
+
 class Violation(AssertionError):
     """An invariant does not hold."""
 
@@ -39,6 +43,9 @@ class Process:
         self.name = name
         self.alive = True
         self.paused = False
+        self.stopped = 0.0
+        """Seconds of pauses that nobody can take for a slow moment."""
+        self.since = 0.0
         self.backlog: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.tasks: dict[Task, None] = {}
 
@@ -233,8 +240,14 @@ class Kernel:
             task.kill()
         process.tasks.clear()
 
+    def pause(self, process: Process) -> None:
+        """SIGSTOP: what comes is held back."""
+        process.paused, process.since = True, self.now
+
     def resume(self, process: Process) -> None:
         """What was held back comes now, in order."""
+        if process.paused and self.now - process.since >= NOTICED_S:
+            process.stopped += self.now - process.since
         process.paused = False
         backlog, process.backlog = process.backlog, []
         for call, args in backlog:

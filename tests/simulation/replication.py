@@ -101,6 +101,8 @@ class Outbound:
             except (ParameshError, StreamEnded) as error:
                 snapshot = isinstance(error, ParameshError) and error.reason == "DIVERGED"
                 server.kernel.note(f"{server.ref.node} stream of p{slot.number} to {ref.node} broke: {error!r}")
+            if not stream.installed:
+                slot.replica.pins.pop(ref, None)
             slot.replica.insync.lost(ref)
             slot.stir()
             if stream.answered:
@@ -115,7 +117,7 @@ class Sender:
         self._server, self._slot, self._ref, self._snapshot = server, slot, ref, snapshot
         self._epoch = slot.replica.machine.epoch
         self._version = slot.replica.insync.version
-        self.answered = False
+        self.answered = self.installed = False
 
     @property
     def _log(self) -> Any:
@@ -233,6 +235,7 @@ class Sender:
         slot.replica.pins[self._ref] = lsn
         self._server.kernel.note(f"{self._server.ref.node} snapshot of p{slot.number} to {self._ref.node} lsn={lsn}")
         await self._server.net.call(self._server.process, self._ref.node, "install", snapshot, INSTALL_S)
+        self.installed = True
 
     def _cut(self) -> tuple[int, Snapshot]:
         machine: Partition = self._slot.partition
@@ -270,7 +273,7 @@ class Inbound:
             end.send(_where(slot))
             while True:
                 if self._take(slot, await self._until_diverged(slot, end)):
-                    end.send(_where(slot))
+                    end.send(_taken(slot))
         except StreamEnded:
             return
         except ParameshError as error:
@@ -351,6 +354,12 @@ async def _next(end: End) -> Head | None:
 def _where(slot: Slot, error: ParameshError | None = None) -> Where:
     replica = slot.replica
     return Where(replica.promised, replica.last, replica.machine.log.last, error)
+
+
+def _taken(slot: Slot) -> Where:
+    """After a record: an older primary's tail beyond it is not acknowledged."""
+    where = _where(slot)
+    return Where(where.epoch, Position(min(where.last.lsn, slot.replica.matched), 0), where.applied)
 
 
 def _refusal(slot: Slot | None, error: ParameshError) -> Where:

@@ -11,13 +11,16 @@ import torch
 from tests.simulation.broken import BROKEN
 from tests.simulation.world import Failure, simulate
 
+Job = tuple[int, int, str, str]
+"""Seed, replicas (0: drawn), scenario ("drawn": by the seed), broken rule ("": none)."""
 
-def _one(job: tuple[int, int, str]) -> tuple[int, str, str]:
+
+def _one(job: Job) -> tuple[int, str, str]:
     """Seed, what became of it, its story if it fails."""
-    seed, replicas, broken = job
+    seed, replicas, scenario, broken = job
     with BROKEN[broken]() if broken else nullcontext():
         try:
-            return seed, simulate(seed, replicas).how, ""
+            return seed, simulate(seed, replicas, scenario).how, ""
         except Failure as failure:
             return seed, "FAILED", str(failure)
 
@@ -27,8 +30,8 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def results(jobs: list[tuple[int, int, str]], workers: int) -> Iterator[tuple[int, str, str]]:
-    """What became of each job (seed, replicas, broken rule), in order."""
+def results(jobs: list[Job], workers: int) -> Iterator[tuple[int, str, str]]:
+    """What became of each job, in order."""
     torch.set_num_threads(1)
     if workers < 2 or len(jobs) < 2:
         yield from map(_one, jobs)

@@ -14,6 +14,7 @@ from paramesh.routing import Routes
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.rows import ServerRow
 from paramesh_coordinator.state import NodeKey
+from paramesh_server.handover import leads_elsewhere
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import NOT_MADE
 from paramesh_server.partition import Partition
@@ -23,6 +24,7 @@ from paramesh_server.shards import ARRIVAL_S
 from paramesh_server.staging import Budget
 
 from tests.simulation.dataplane import DataPlane
+from tests.simulation.handover import Handover
 from tests.simulation.kernel import Process, Signal, Task
 from tests.simulation.replication import Inbound, Outbound
 from tests.simulation.retry import Backoff
@@ -39,7 +41,7 @@ MARK_S = 4.0
 CALL_S = 2.0
 
 
-class Server(DataPlane, Inbound):
+class Server(DataPlane, Inbound, Handover):
     """One incarnation."""
 
     def __init__(self, world: World, name: str, incarnation: int) -> None:
@@ -192,6 +194,9 @@ class Server(DataPlane, Inbound):
 
     async def _reconcile(self, routes: Routes) -> None:
         rows = {row.id: row for row in routes.map.partitions}
+        for number, slot in list(self.held.items()):
+            if leads_elsewhere(slot, rows.get(number), self.me):  # type: ignore[arg-type]
+                await self.deposed(slot, rows[number])
         for number in [n for n in self.held if n not in rows or not self._keeps(rows[n])]:
             self.kernel.note(f"{self.ref.node} drops p{number}")
             await self.held.pop(number).close()
@@ -206,6 +211,8 @@ class Server(DataPlane, Inbound):
             machine = await self.make(row)
             slot = self.held[row.id] = Slot(self, Replica(machine, self.ref))
             self._arrived.fire()
+        assert self.routes is not None
+        slot.min_isr = max(1, self.routes.map.config.min_isr)
         mine, before = self._is_mine(row), slot.replica.role
         if await take_role(slot, row, mine=mine, dead=self._dead()):  # type: ignore[arg-type]
             self.kernel.note(f"{self.ref.node} leads p{row.id} epoch={row.epoch} lsn={slot.replica.machine.log.lsn}")

@@ -24,6 +24,7 @@ class Slot:
         self.replica = replica
         self.closed = False
         self.applying = False
+        self.min_isr = 1
         self._lock = Lock()
         self._changed = Signal()
         self._moved = Signal()
@@ -71,9 +72,23 @@ class Slot:
 
         return await self.run(guarded)
 
+    async def write(self, work: Callable[[], Any]) -> Any:
+        """`lead`, for what appends a client's record."""
+
+        def guarded() -> Any:
+            self.check_writable()
+            return work()
+
+        return await self.lead(guarded)
+
     def check_primary(self) -> None:
         if self.replica.role is not Role.PRIMARY:
             raise refuse("NOT_PRIMARY", f"partition {self.number} has another primary now")
+
+    def check_writable(self) -> None:
+        there = len(self.replica.insync.isr)
+        if there < self.min_isr:
+            raise refuse("NOT_ENOUGH_REPLICAS", f"partition {self.number} has {there} of at least {self.min_isr}")
 
     @property
     def moved(self) -> Future:

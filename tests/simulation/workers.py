@@ -92,6 +92,7 @@ class Ledger:
                     named.overrides.add(partition=partition, attempt=attempt)
         self._ready.clear()
         self.records.append(record)
+        self.world.faults.decided(record)
         self.kernel.note(f"ledger decides step {record.step}: {[c.client_id for c in record.contributors]}")
         self._decided.fire()
 
@@ -138,7 +139,7 @@ class Worker(Client):
             if self.forgets_early:
                 self.kept.clear()
             step, records = step + 1, [record]
-            if self.world.rng.random() < 0.3:  # the next batch is loaded first
+            if self.world.rng.random() < self.world.profile.idle:  # the next batch is loaded first
                 await self.kernel.sleep(self.world.rng.uniform(0.0, 1.5))
             await self._pull(step, records)
             self.kept.clear()

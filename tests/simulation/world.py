@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy
 from paramesh import hyper
+from paramesh.errors import ParameshError
 from paramesh.framing import checksum
 from paramesh.routing import PartitionLayout, cut
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.rows import ClientState, PartitionState
+from paramesh_coordinator.store.base import StoreError
 from paramesh_coordinator.store.memory import MemoryMedium
 from paramesh_server import log as log_module
 from paramesh_server import partition as partition_module
@@ -31,11 +33,12 @@ from paramesh_server.staging import Contribution, FrameBytes, Staging, assemble
 from paramesh_server.writes import SlotBytes, SlotFrame
 
 from tests.simulation.checks import Checks
-from tests.simulation.clients import AsyncPusher, Client, Owner
+from tests.simulation.clients import AsyncPusher, Client, Owner, Reader
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Kernel, Violation
 from tests.simulation.network import Network
+from tests.simulation.scenarios import DRAWN, SCENARIOS, Kind, Scenario
 from tests.simulation.server import Server
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Ledger, Worker
@@ -60,21 +63,35 @@ class Profile:
     late_maps_s: float = 3.0
     late_wishes: float = 0.0
     slow_commits: float = 0.0
+    failing_commits: float = 0.0
+    min_isr: int = 1
     think_s: float = 0.1
     faults_per_s: float = 1.0
     faulty_s: float = 8.0
     kept_records: int = 256
     pushers: int = 2
+    readers: int = 0
     workers: int = 0
     steps: int = 12
     step_s: float = 0.5
+    idle: float = 0.3
+    """Of the steps after which a worker takes its time before it pulls."""
+    scenario: str = ""
+    """`scenarios.SCENARIOS`: faults that come together; empty: any, one by one."""
 
     @classmethod
-    def drawn(cls, rng: random.Random, replicas: int = 0) -> Profile:
-        """As a seed draws it."""
-        replicas, pushers = replicas or rng.choice([2, 2, 3]), rng.choice([0, 1, 2, 2])
-        return cls(
+    def drawn(cls, rng: random.Random, replicas: int = 0, scenario: str = DRAWN, **changes: Any) -> Profile:
+        """As a seed draws it; changes are set after that, and what their scenario needs."""
+        drawn = rng.choice(["", "", *(name for name, kind in SCENARIOS.items() if kind.replicas == 2 or replicas != 2)])
+        scenario = drawn if scenario == DRAWN else scenario
+        kind = SCENARIOS.get(scenario, Kind(()))
+        replicas = max(replicas or rng.choice([2, 2, 3]), kind.replicas)
+        pushers = rng.choice([0, 1, 2, 2])
+        profile = cls(
             replicas=replicas,
+            min_isr=rng.choice([1, 2]) if replicas == 3 else 1,
+            failing_commits=rng.choice([0.0, 0.0, 0.0, 0.2]),
+            readers=rng.choice([0, 0, 1]) if pushers else 0,
             servers=replicas + rng.choice([0, 1, 1, 2]),
             latency=rng.choice([0.003, 0.003, 0.03, 0.1]),
             pooled=rng.choice([0.0, 0.0, 0.3]),
@@ -91,6 +108,9 @@ class Profile:
             steps=rng.choice([6, 12, 20]),
             step_s=rng.choice([0.3, 1.0]),
         )
+        for name, value in {**kind.profile, **changes, "scenario": scenario}.items():
+            setattr(profile, name, value)
+        return profile
 
 
 class Failure(AssertionError):
@@ -113,7 +133,8 @@ SPECS = (_spec("pushed", ELEMENTS, 4096), _spec("stepped", 256, 512))
 
 
 @functools.cache
-def _layouts(table: int) -> tuple[PartitionLayout, ...]:
+def layouts(table: int) -> tuple[PartitionLayout, ...]:
+    """Of a table id; 0 is the ledger's."""
     return cut(LEDGER_SPEC if table == 0 else SPECS[table - 1])
 
 
@@ -129,12 +150,16 @@ class World:
     specs: Sequence[pb.TableSpec] = SPECS
     async_partition = 1
     sync_partitions = (2, 3)
+    floors = True
+    """Whether pulls name one."""
 
     def __init__(self, seed: int, profile: Profile | None = None) -> None:
         self.kernel = Kernel(seed)
         self.rng = self.kernel.rng
         self.profile = profile or Profile.drawn(self.rng)
-        self.config = CoordinatorConfig(replicas=self.profile.replicas, min_servers=self.profile.servers)
+        self.config = CoordinatorConfig(
+            replicas=self.profile.replicas, min_isr=self.profile.min_isr, min_servers=self.profile.servers
+        )
         self.net = Network(self.kernel, self.rng)
         self.net.latency = self.profile.latency
         self.medium = MemoryMedium()
@@ -144,10 +169,9 @@ class World:
         self.elements: dict[tuple[int, int], int] = {}
         self.closed: dict[int, None] = {}
         """Clients that ended or were declared dead."""
-        self.floors = True
         self.begun = False
         self.clients: list[Client] = []
-        self.faults = Faults(self)
+        self.faults = Scenario(self) if self.profile.scenario else Faults(self)
         self.ledger = Ledger(self)
         self.net.nodes["ledger"] = self.ledger
         self.gradients: dict[tuple[int, int, int, int], numpy.ndarray] = {}
@@ -170,6 +194,8 @@ class World:
         for i in range(profile.pushers):
             pushes, window = self.rng.randint(15, 45), self.rng.choice([1, 3, 5])
             self.join(AsyncPusher(self, f"pusher{i}", pushes, window))
+        for i in range(profile.readers):
+            self.join(Reader(self, f"reader{i}"))
         for i in range(profile.workers):
             self.join(Worker(self, f"worker{i}"))
         self.faults.start(self.kernel.now + profile.faulty_s)
@@ -207,6 +233,15 @@ class World:
     def _tell(self, node: Coordinator, ref: Ref) -> None:
         self.kernel.spawn(node.process, node.report_exit(ref), "report exit")
 
+    def end_client(self, client_id: int, told: float) -> None:
+        """SIGKILL one; the coordinator hears of it so much later, and another worker comes."""
+        for client in self.clients[1:]:
+            if client.client_id == client_id and client.process.alive and not client.finished:
+                self.kernel.note(f"KILL {client.name}, client {client_id}")
+                self.kernel.at(told, None, self.declare_dead, client_id)
+                self.kernel.kill(client.process)
+                self.kernel.at(self.rng.uniform(0.1, 3.0), None, self._replace, client.name)
+
     def kill_some_client(self) -> None:
         """Of a pusher, the rest of its work is nobody's; in a worker's place another comes."""
         running = [c for c in self.clients[1:] if c.process.alive and not c.finished and c.client_id]
@@ -217,7 +252,7 @@ class World:
         self.kernel.note(f"{'PAUSE' if zombie else 'KILL'} {client.name}, client {client.client_id}")
         self.kernel.at(self.rng.uniform(0.05, 2.0), None, self.declare_dead, client.client_id)
         if zombie:
-            client.process.paused = True
+            self.kernel.pause(client.process)
             self.kernel.at(self.rng.uniform(0.5, 4.0), None, self.kernel.resume, client.process)
             return
         self.kernel.kill(client.process)
@@ -235,9 +270,25 @@ class World:
         self.closed[client] = None
         node = self.coordinator
         if node.process.alive and not node.process.paused:
-            self.kernel.spawn(node.process, node.client_gone(client), "client gone")
+            self.kernel.spawn(node.process, self._tell_gone(node, client), "client gone")
         else:
             self.kernel.at(0.5, None, self.declare_dead, client)
+
+    async def _tell_gone(self, node: Coordinator, client: int) -> None:
+        try:
+            await node.client_gone(client)
+        except ParameshError:
+            self.kernel.at(0.5, None, self.declare_dead, client)
+
+    def refuse_commit(self) -> None:
+        """The store's disk says no, now and then.
+
+        Raises:
+            StoreError: nothing was committed.
+        """
+        if not self.faults.over and self.rng.random() < self.profile.failing_commits:
+            self.kernel.note("the store refuses a commit")
+            raise StoreError("no space left")
 
     def commit_delay(self) -> float:
         """Seconds of half a commit of the store."""
@@ -248,15 +299,15 @@ class World:
 
     def schema(self, table: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
         """Of a table id; 0 is the ledger's."""
-        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), _layouts(table)
+        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), layouts(table)
 
     def layouts_of(self, spec: pb.TableSpec) -> tuple[PartitionLayout, ...]:
         """As `schema`."""
-        return _layouts(1 + [s.name for s in SPECS].index(spec.name))
+        return layouts(1 + [s.name for s in SPECS].index(spec.name))
 
     def layout(self, partition: int) -> PartitionLayout:
         """Of a partition."""
-        return _layouts(1)[0] if partition == self.async_partition else _layouts(2)[partition - 2]
+        return layouts(1)[0] if partition == self.async_partition else layouts(2)[partition - 2]
 
     def one_hot(self, client: int, seq: int) -> tuple[int, Contribution]:
         """The element and the gradient of a push: 1 at an element that no other push has."""
@@ -355,8 +406,8 @@ class World:
     def close(self) -> None:
         """End every process."""
         nodes = [*self.net.nodes.values(), *self.servers.values(), *self.clients]
-        for node in nodes:
-            self.kernel.kill(node.process)
+        for process in [*(node.process for node in nodes), self.faults.operator]:
+            self.kernel.kill(process)
 
     def run(self) -> str:
         """Until all is done; what became of it."""
@@ -416,27 +467,32 @@ class Outcome:
     world: World
 
 
-def simulate(seed: int, replicas: int = 0, **changes: Any) -> Outcome:
+def simulate(seed: int, replicas: int = 0, scenario: str = DRAWN, **changes: Any) -> Outcome:
     """Run one seed.
+
+    Args:
+        seed: of everything.
+        replicas: 2 or 3; 0: as the seed draws it.
+        scenario: of `SCENARIOS`, "" for none of them, or as the seed draws it.
+        changes: of the profile.
 
     Raises:
         Failure: an invariant does not hold; the message is its story.
     """
-    world = World(seed, Profile.drawn(random.Random(seed), replicas))
-    for name, value in changes.items():
-        setattr(world.profile, name, value)
+    world = World(seed, Profile.drawn(random.Random(seed), replicas, scenario, **changes))
     try:
         with _installed(world):
             how = world.run()
     except Exception as error:
-        raise Failure(_story(seed, replicas, world, error)) from error
+        raise Failure(_story(seed, replicas, scenario, world, error)) from error
     finally:
         world.close()
     return Outcome(seed, how, world.kernel.steps, world.kernel.now, world)
 
 
-def _story(seed: int, replicas: int, world: World, error: Exception) -> str:
+def _story(seed: int, replicas: int, scenario: str, world: World, error: Exception) -> str:
     again = f"make sim SEED={seed}" + (f" REPLICAS={replicas}" if replicas else "")
+    again += f" SCENARIO='{scenario}'" if scenario != DRAWN else ""
     lines = "\n".join(world.kernel.trace)
     return f"seed {seed} fails: {error!r}\n{world.profile}\n{lines}\nreplay: {again}"
 

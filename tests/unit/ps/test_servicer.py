@@ -438,6 +438,28 @@ def test_a_gap_that_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     on_loop(test)
 
 
+def test_a_push_whose_turn_comes_when_too_few_are_in_sync_is_refused() -> None:
+    """Invariant 10: they were enough when it came, and are not when it would be appended."""
+
+    async def test() -> None:
+        partition = ready(SPEC)
+        plane = Plane(partition)
+        held, other = plane.shards.held[partition.id], Ref("there", 1)
+        held.min_isr = 2
+        held.replica.insync.follow(pb.Partition(version=2, isr=[ME.proto(), other.proto()]), 0.0)
+        await held._lock.acquire()
+        waiting = asyncio.ensure_future(refused(plane, *frames_of(partition, 1, **sequenced(1))))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        held.replica.insync.follow(pb.Partition(version=3, isr=[ME.proto()]), 0.0)
+        held._lock.release()
+        assert await waiting == "NOT_ENOUGH_REPLICAS"
+        assert partition.pushes == 0
+
+    on_loop(test)
+
+
 def test_damaged_bytes_do_not_consume_the_sequence_number() -> None:
     """CRC is repeated with the same seq; a payload that cannot fit consumes it."""
 

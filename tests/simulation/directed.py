@@ -1,0 +1,83 @@
+"""Rules that no seed shows the lack of, because another mechanism stands before them: each by itself.
+
+Each function drives the real core, and fails by an AssertionError without its rule.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+from paramesh import files
+from paramesh.files import Folder
+from paramesh.v1 import types_pb2 as pb
+from paramesh_server.insync import InSync, Ref
+
+from tests.simulation.unruly import unruly
+
+ME, OTHER = Ref("a", 1), Ref("b", 1)
+WORLDS = 60
+
+
+def unruly_messages() -> None:
+    """A follower applies what is committed, though messages come in any order (`unruly.py`)."""
+    for seed in range(WORLDS):
+        unruly(seed)
+
+
+def learner_of_another_row() -> None:
+    """A follower left and came back, empty, and its primary hears only of the latter: it has nothing yet.
+
+    In a cluster three more things must meet: a wish that is decided late, after the follower has caught up;
+    a map that does not arrive while the next one does; and a follower that stops when it is greeted.
+    """
+    insync = InSync(ME)
+    insync.follow(pb.Partition(version=1, isr=[ME.proto(), OTHER.proto()]), 0.0)
+    insync.appended(5, 0.0)
+    insync.acked(OTHER, 5, 0.0, 1)
+    insync.follow(pb.Partition(version=3, isr=[ME.proto()], learners=[OTHER.proto()]), 1.0)
+    insync.acked(OTHER, 0, 1.0, 3)  # the greeting: an empty replica
+    assert insync.wish(1.0) is None, "a learner is asked for that has nothing"
+    insync.acked(OTHER, 5, 1.1, 3)
+    wish = insync.wish(1.1)
+    assert wish is not None
+    assert OTHER in wish.isr
+
+
+def folders_are_synced() -> None:
+    """After a power cut a name is where it was at the last fsync of its folder: the simulation has no disk."""
+    acts: list[tuple[str, str]] = []
+    replace, fsync, exchange = os.replace, os.fsync, files._exchange
+
+    def renamed(old: str, new: str) -> None:
+        replace(old, new)
+        acts.append(("rename", os.path.realpath(new)))
+
+    def swapped(one: str, other: str) -> bool:
+        done = exchange(one, other)
+        if done:
+            acts.append(("rename", os.path.realpath(other)))
+        return done
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        acts.append(("sync", os.path.realpath(f"/proc/self/fd/{handle}")))
+
+    with (
+        tempfile.TemporaryDirectory() as root,
+        mock.patch.object(files, "_rename", renamed),
+        mock.patch.object(files, "_exchange", swapped),
+        mock.patch.object(os, "fsync", synced),
+    ):
+        folder = Folder(Path(root) / "checkpoint")
+        folder.write({"a.bin": b"first"}.items(), {"format": 1})
+        folder.write({"a.bin": b"second"}.items(), {"format": 1})
+        files.write_file(Path(root) / "alone.bin", b"x")
+    renames = [(at, place) for at, (act, place) in enumerate(acts) if act == "rename"]
+    assert len(renames) == 3
+    for at, place in renames:
+        assert ("sync", os.path.dirname(place)) in acts[at:], f"{place} may be gone after a power cut"
+    for at, place in renames[:2]:
+        assert any(act == "sync" and done.startswith(place) for act, done in acts[:at]), f"{place} may be empty"
