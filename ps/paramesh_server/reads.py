@@ -74,9 +74,7 @@ class Reads:
             return encoded
 
         def work() -> EncodedValues:
-            if held.partition.applied_step < request.step:
-                held.check_writable()
-            held.partition.commit(request.committed)
+            held.commit(request.committed)
             held.partition.check_step(request.step)
             return self._encode(held, kind)
 
@@ -87,7 +85,7 @@ class Reads:
     ) -> EncodedValues:
         partition = held.partition
         if request.committed:
-            await held.lead(lambda: held.partition.commit(list(request.committed)))
+            await held.lead(lambda: held.commit(request.committed))
         client = request.request.client_id
         if held.early and asked.acked_through > partition.dedup.last(client):
             await held.lead(lambda: held.partition.take_loss(client, asked.acked_through))
@@ -145,7 +143,7 @@ class Reads:
             kind = request.checksum_kind or pb.CHECKSUM_KIND_CRC32
 
             def work() -> Sequence[bytes]:
-                held.partition.commit(request.committed)
+                held.commit(request.committed)
                 if request.at_step:
                     held.partition.check_step(request.step)
                 return encode_cut(held.partition, kind)

@@ -287,7 +287,7 @@ class DataPlane:
         try:
             held = await self.find(asked.partition, asked.epoch)
             formed = Formed(held, held.replica.reign)
-            value = await held.lead(lambda: held.partition.norm(list(request.committed)))
+            value = await held.lead(partial(_norm_of, held, list(request.committed)))
             await formed.released()
             return ps.PartitionNorm(partition=asked.partition, squared_norm=value)
         except Exception as error:
@@ -321,6 +321,11 @@ class DataPlane:
                 await formed.released()
                 done += 1
         return done
+
+
+def _norm_of(held: Held, committed: list[pb.StepRecord]) -> float:
+    held.commit(committed[:-1])
+    return held.partition.norm(committed)
 
 
 def _on(held: Held, work: Callable[[Partition], None]) -> None:

@@ -15,13 +15,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from paramesh import failpoints
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
+from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
@@ -262,6 +263,16 @@ class Held(Slot):
     def small(self) -> bool:
         """Whether a pass over the partition is too short for the pool."""
         return self.partition.layout.nbytes <= INLINE_BYTES
+
+    def commit(self, decided: Sequence[pb.StepRecord]) -> None:
+        """Apply decisions that are not applied yet, if that may be; under the partition's lock.
+
+        Raises:
+            ParameshError: NOT_ENOUGH_REPLICAS, and what `Partition.commit` says.
+        """
+        if any(record.step >= self.partition.applied_step for record in decided):
+            self.check_writable()
+        self.partition.commit(decided)
 
     async def close(self) -> None:
         """As `Slot.close`, and the encodings go too."""

@@ -102,6 +102,30 @@ def test_a_snapshot_waits_for_what_it_shows() -> None:
     held_back(lambda world: world.snapshot(), "")
 
 
+def test_no_read_makes_a_step_while_too_few_are_in_sync() -> None:
+    """min_isr is about records, whoever brings the decision: a pull of the newest values and a snapshot may, too."""
+
+    async def test() -> None:
+        world = World()
+        world.commit()
+        stage(world.held.partition, 1, list(random_gradients(world.held.partition.layout, 2)), step=1)
+        world.held.min_isr = 3
+        before = world.held.partition.log.lsn
+        decided = [record(0, [(1, 1.0)]), record(1, [(1, 1.0)]), record(2, [(1, 1.0)])]
+        newest = ps.PullRequest(request=header("job", 1, 5), partitions=[world.asked()], committed=decided)
+        [message] = [m async for m in world.reads.Pull(newest, Context())]  # type: ignore[arg-type]
+        assert decode(message, ps.PullHeader).header.error.reason == "NOT_ENOUGH_REPLICAS"
+        whole = ps.SnapshotRequest(request=header("job", 1, 5), partitions=[world.asked()], committed=decided)
+        [message] = [m async for m in world.reads.Snapshot(whole, Context())]  # type: ignore[arg-type]
+        assert decode(message, ps.SnapshotHeader).header.error.reason == "NOT_ENOUGH_REPLICAS"
+        norms = ps.NormsRequest(request=header("job", 1, 5), partitions=[world.asked()], committed=decided)
+        answer = await world.plane.Norms(norms, Context())  # type: ignore[arg-type]
+        assert answer.norms[0].error.reason == "NOT_ENOUGH_REPLICAS"
+        assert world.held.partition.log.lsn == before
+
+    on_loop(test)
+
+
 def test_a_pull_waits_for_what_it_shows() -> None:
     held_back(lambda world: world.pull(1), "")
 
