@@ -99,7 +99,8 @@ class Errands:
     async def _call(self, call: Call) -> bool:
         try:
             failpoints.reach(f"before.{call.stage}")
-            await self._send(call)
+            if not await self._send_while_wanted(call):
+                return False
             failpoints.reach(f"after.{call.stage}")
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, call.control_address)
@@ -112,6 +113,28 @@ class Errands:
             return False
         await self._driver.decide(lambda draft: operators.confirm(draft, call))
         return True
+
+    async def _send_while_wanted(self, call: Call) -> bool:
+        """Make a call, but not to its deadline if its target has died or leads no longer; whether it was answered."""
+        sending = asyncio.ensure_future(self._send(call))
+        try:
+            while not sending.done() and self._is_wanted(call):
+                changed = asyncio.ensure_future(self._changed.wait())
+                try:
+                    await asyncio.wait({sending, changed}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+            if not sending.done():
+                return False
+            await sending
+            return True
+        finally:
+            sending.cancel()
+
+    def _is_wanted(self, call: Call) -> bool:
+        operation = self._operation(call.operation)
+        wanted = [] if operation is None else operators.next_calls(operation, self._driver.state)
+        return any((one.stage, one.server) == (call.stage, call.server) for one in wanted)
 
     async def _send(self, call: Call) -> None:
         stub = ServerControlStub(self._channel(call.control_address))

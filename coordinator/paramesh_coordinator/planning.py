@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +35,9 @@ K = TypeVar("K")
 DROPPED_SECONDS = 60.0
 """As long, whoever was dropped is made a learner of that partition again only if there is nobody else."""
 
+LEARNER_SECONDS, LEARNER_BYTES = 120.0, 1 << 20
+"""A learner has so long to catch up, and a second more for so many bytes; then its place goes to another."""
+
 PAUSE_SECONDS = 0.1
 """Between two plans, at least: each is a commit, and a new map for everybody."""
 
@@ -51,6 +54,20 @@ class Recent:
         """Requests have been uneven for so long that the next plan mends it."""
         self._failovers: dict[int, float] = {}
         self._dropped: dict[tuple[int, Ref], float] = {}
+        self._learning: dict[tuple[int, Ref], float] = {}
+        """Since when each learner of an online partition is one."""
+        self.stuck: frozenset[tuple[int, Ref]] = frozenset()
+
+    def watch(self, parts: Iterable[PartitionRow], now: float) -> None:
+        """Look who is catching up, and since when."""
+        online = [part for part in parts if part.state is PartitionState.ONLINE]
+        learning = {(part.partition, ref): part.nbytes for part in online for ref in part.learners}
+        self._learning = {key: self._learning.get(key, now) for key in learning}
+        self.stuck = frozenset(
+            key
+            for key, since in self._learning.items()
+            if now - since > LEARNER_SECONDS + learning[key] / LEARNER_BYTES
+        )
 
     def note(self, effect: Effect, now: float) -> None:
         """Remember a committed effect."""
@@ -67,6 +84,7 @@ class Recent:
             fresh=lambda ref: liveness.fresh(NodeKey("server", *ref), now),
             held_back=frozenset(self._failovers),
             dropped={key: now - at for key, at in self._dropped.items()},
+            stuck=self.stuck,
             rates=self.rates.by_partition(),
             uneven=self.uneven,
         )
@@ -118,7 +136,8 @@ class Planning:
     def _is_due(self) -> bool:
         state = self._driver.state
         self._driver.recent.uneven = self._is_uneven()
-        if self._driver.recent.uneven:
+        self._driver.recent.watch(state.rows(PartitionRow).values(), self._driver.clock())
+        if self._driver.recent.uneven or self._driver.recent.stuck:
             return True
         if state.job.unsettled or state.moves() or any(row.draining for row in state.live_servers()):
             return True

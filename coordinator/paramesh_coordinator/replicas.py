@@ -283,9 +283,12 @@ def plan(draft: Draft, *, auto: bool = True) -> int:
     settled = settle(draft)
     for partition, new in settled.promoted.items():
         draft.audit("partition_promoted", str(partition), to=str(new), was=str(settled.before[partition]))
-    advanced = moves.advance(draft)
+    advanced = _give_up(draft) + moves.advance(draft)
     moving = [row for row in draft.rows(MoveRow) if row.active]
-    changes = plan_replicas(draft.rows(PartitionRow), draft.live_servers(), draft.senses, moving=moving)
+    # Who was given up a moment ago is not asked again in the same breath.
+    dropped = dict(draft.senses.dropped) | dict.fromkeys(draft.senses.stuck, 0.0)
+    senses = dataclasses.replace(draft.senses, dropped=dropped)
+    changes = plan_replicas(draft.rows(PartitionRow), draft.live_servers(), senses, moving=moving)
     by_kind: dict[tuple[str, Ref], list[int]] = {}
     for change in changes:
         draft.put(change.row)
@@ -295,6 +298,23 @@ def plan(draft: Draft, *, auto: bool = True) -> int:
     quiet = not changes and not any(part.learners for part in draft.rows(PartitionRow))
     planned = moves.plan(draft, auto=auto, settled=quiet)
     return len(changes) + len(settled.promoted) + advanced + planned
+
+
+def _give_up(draft: Draft) -> int:
+    """Take away learners that do not catch up, and the moves that wait for them: their places go to others."""
+    given_up = 0
+    for partition, ref in sorted(draft.senses.stuck):
+        part = draft.partition(partition)
+        if part is None or ref not in part.learners:
+            continue
+        draft.put(_without_learner(part, ref).row)
+        draft.effects.append(Dropped(partition, ref))
+        draft.audit("learner_given_up", ref.name, incarnation=ref.incarnation, partition=partition)
+        for move in draft.rows(MoveRow):
+            if move.active and (move.partition, move.target) == (partition, ref):
+                moves.end(draft, move, f"{ref.name} did not catch up in time")
+        given_up += 1
+    return given_up
 
 
 def adopt(draft: Draft) -> None:

@@ -119,6 +119,8 @@ class Senses:
     """Partitions that failed over for silence lately: the next time needs positive death."""
     dropped: Mapping[tuple[int, Ref], float] = field(default_factory=dict)
     """(partition, server) -> seconds since its primary took it out of the in-sync set."""
+    stuck: frozenset[tuple[int, Ref]] = frozenset()
+    """(partition, server) of learners that should have caught up long ago."""
     rates: Mapping[int, int] = field(default_factory=dict)
     """Partition -> requests a second, of those that are known."""
     uneven: bool = False

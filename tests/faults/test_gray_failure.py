@@ -24,7 +24,8 @@ def promoted_from(cluster, before, victim: str, *, ledger: bool = True) -> bool:
     return all(rows[p].primary != victim and rows[p].epoch > before[p].epoch and rows[p].online for p in led)
 
 
-@pytest.mark.parametrize("place", ["work.1", pytest.param("loop", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["work.1", "loop"])
 def test_a_server_whose_apply_thread_stands_still_is_demoted(process_cluster, place):
     """One piece of work hangs, or the whole event loop: its beats go on, and its followers take over."""
     cluster = process_cluster(servers=3, replicas=2, fails=True)

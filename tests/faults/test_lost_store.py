@@ -104,6 +104,7 @@ def test_training_goes_on_with_a_store_made_anew_and_survives_what_comes_after(p
     assert kinds(cluster).count("server_dead") == 1
 
 
+@pytest.mark.soak
 def test_a_worker_that_dies_after_a_rebuild_is_evicted(process_cluster):
     """Members are known from the ledger, and their supervisors claim them: an exit report still counts."""
     cluster, workers, _ = training(process_cluster, 2, 2, epochs=40, seconds=0.05)

@@ -9,6 +9,7 @@ import pytest
 from paramesh.errors import ParameshError
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator import membership, operators, replicas, rows
+from paramesh_coordinator.planning import Recent
 from paramesh_coordinator.rows import PartitionRow, PartitionState, Ref, Stage
 from paramesh_coordinator.state import Dropped, FailedOver, Senses, build_map
 
@@ -502,3 +503,47 @@ def test_an_operator_is_told_what_is_wrong() -> None:
     assert "holds no copy of partition 1; c does" in refusal(promote, world, 1, "d")
     promote(world, 1, "c")
     assert "online at c" in refusal(promote, world, 1, "c")
+
+
+# --- learners that do not catch up ---
+
+
+def test_a_learner_that_is_stuck_gives_its_place_to_another() -> None:
+    world = cluster("abcd", replicas=2)
+    gone = two(world)[1]
+    world.exit(gone)
+    world.plan()
+    row = world.row(1)
+    (stuck,) = row.learners
+    world.senses = Senses(stuck=frozenset({(1, stuck)}))
+    world.plan()
+    assert Dropped(1, stuck) in world.effects
+    (other,) = world.row(1).learners
+    assert other != stuck
+    assert evidence(world, "learner_given_up")["partition"] == 1
+
+
+def test_a_move_whose_target_is_stuck_is_cancelled() -> None:
+    world = cluster("abc", replicas=2)
+    isr, _ = world.sets(1)
+    target = next(name for name in "abc" if name not in isr)
+    world.move(1, isr[0], target)
+    world.plan()
+    assert world.sets(1) == (isr, target)
+    world.senses = Senses(stuck=frozenset({(1, Ref(target, 1))}))
+    world.plan()
+    assert (world.state.moves(), world.sets(1)) == ([], (isr, ""))
+    assert evidence(world, "move_cancelled")["reason"] == f"{target} did not catch up in time"
+
+
+def test_how_long_a_learner_may_take_follows_from_its_bytes() -> None:
+    recent = Recent()
+    part = PartitionRow(1, 1, 0, 30 << 20, "a", 1, learners=(Ref("b", 1),))
+    for now, stuck in ((0.0, 0), (149.0, 0), (151.0, 1)):
+        recent.watch([part], now)
+        assert len(recent.stuck) == stuck
+    recent.watch([dataclasses.replace(part, learners=())], 152.0)
+    recent.watch([part], 153.0)
+    assert recent.stuck == frozenset(), "it began anew"
+    recent.watch([dataclasses.replace(part, state=PartitionState.OFFLINE)], 400.0)
+    assert recent.stuck == frozenset(), "nobody could have sent it anything"
