@@ -119,6 +119,9 @@ class ControlServer(ServerControlServicer):
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[int, ...], int]] = []
         self.failing: str = ""
+        self.answering = asyncio.Event()
+        """Not set: an Evict gets no answer."""
+        self.answering.set()
         self._server = grpc.aio.server(interceptors=[typed_errors()], options=SERVER_OPTIONS)
         add_ServerControlServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -136,6 +139,7 @@ class ControlServer(ServerControlServicer):
         self.calls.append((what, clients, term))
 
     async def Evict(self, request: rp.EvictRequest, context: Any) -> rp.EvictResponse:
+        await self.answering.wait()
         self._note("evict", (request.client_id,), request.term)
         return rp.EvictResponse(was_member=True)
 

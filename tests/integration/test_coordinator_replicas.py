@@ -9,6 +9,7 @@ from pathlib import Path
 from paramesh.channel import header
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
+from paramesh_coordinator import errands
 
 from tests.integration.coordinator_peers import BEAT, Heart, Scene, play, refusal, spec, until
 
@@ -244,3 +245,24 @@ def test_a_state_file_of_before_replication_is_taken_over(tmp_path: Path) -> Non
     play(second, state=state)
     with sqlite3.connect(state) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (2,), "an older release says that it cannot read it"
+
+
+def test_an_eviction_does_not_wait_for_a_ledger_that_is_led_elsewhere_by_now(monkeypatch) -> None:
+    """Were the call to the silent one not cut short, its deadline would outlive the test."""
+    monkeypatch.setattr(errands, "CALL_SECONDS", 600.0)
+
+    async def body(scene: Scene) -> None:
+        first, _ = await scene.server("a")
+        second, _ = await scene.server("b")
+        await scene.host("h")
+        before = (await scene.call.partition(0)).primary.node
+        silent, other = (first, second) if before == "a" else (second, first)
+        silent.answering.clear()
+        victim = await scene.call.client("h/0", 1, "h", 1)
+        await scene.call.exit_of_slot("h", 1, "h/0", -9)
+        await scene.call.exit_of_server(before)
+        await until(lambda: ("fence", (victim,), 1) in other.calls, 10, "the eviction, then the fence")
+        assert other.calls == [("evict", (victim,), 1), ("fence", (victim,), 1)]
+        silent.answering.set()
+
+    play(body, **R2)
