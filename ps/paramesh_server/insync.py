@@ -202,6 +202,10 @@ class InSync:
     def _advance(self) -> None:
         self.commit = max(self.commit, min(self.held, self.last))
 
+    def unheard(self, now: float) -> bool:
+        """Whether a follower in sync has said nothing for so long that another may have been promoted."""
+        return any(now - self._heard.get(ref, -self._silent) >= self._silent for ref in self.isr - {self.me})
+
     def early(self, lsn: int, nbytes: int, now: float) -> bool:
         """Whether a record may be acknowledged before the followers have it (acks=primary).
 

@@ -120,6 +120,10 @@ class PartitionState:
             self.epoch = epoch
             self._append(rp.RECORD_KIND_EPOCH)
 
+    def touch(self) -> int:
+        """Append a record that changes nothing: who acknowledges it follows this primary still; its lsn."""
+        return self._append(rp.RECORD_KIND_NOOP).lsn
+
     def check_ready(self) -> None:
         """Refuse while there are no values, or none that can be trusted.
 

@@ -99,6 +99,10 @@ class Reads:
         floor = asked.floor_lsn if asked.floor_epoch == partition.epoch else 0
         if floor > partition.log.lsn + FLOOR_REACH:
             raise refuse("FLOOR", f"floor {floor} is far beyond lsn {partition.log.lsn}", lsn=partition.log.lsn)
+        if not floor and held.replica.insync.unheard(time.monotonic()):
+            # Nobody's past, perhaps, but the job's: a primary that was replaced would be the last to know.
+            reign = held.replica.reign
+            await held.released(await held.lead(lambda: held.partition.touch(), inline=True), reign)
         while partition.log.lsn < floor:
             if not await held.changed(deadline - time.monotonic()):
                 raise refuse("DEADLINE", f"partition {partition.id} is at lsn {partition.log.lsn}, floor {floor}")

@@ -126,6 +126,30 @@ def test_no_read_makes_a_step_while_too_few_are_in_sync() -> None:
     on_loop(test)
 
 
+def test_a_read_without_a_floor_waits_for_a_word_of_silent_followers() -> None:
+    """All is committed, but a primary that nobody answers may have been replaced: what it shows may be the past."""
+
+    async def test() -> None:
+        for floor, silent in ((1, False), (0, True)):
+            world = World()
+            world.commit()
+            asked = ps.PartitionPull(partition=1, epoch=1, floor_epoch=1 if floor else 0, floor_lsn=floor)
+            request = ps.PullRequest(request=header("job", 1, 5), partitions=[asked])
+            answer = asyncio.ensure_future(anext(world.reads.Pull(request, Context())))  # type: ignore[arg-type,var-annotated]
+            assert await _waits(answer) is silent
+            world.commit()
+            assert decode(await answer, ps.PullHeader).header.error.reason == ""
+        deposed = World()
+        deposed.commit()
+        answer = asyncio.ensure_future(anext(deposed.reads.Pull(request, Context())))  # type: ignore[arg-type]
+        assert await _waits(answer)
+        deposed.held.replica.heed(2)
+        deposed.held.stir()
+        assert decode(await answer, ps.PullHeader).header.error.reason == "NOT_PRIMARY"
+
+    on_loop(test)
+
+
 def test_a_pull_waits_for_what_it_shows() -> None:
     held_back(lambda world: world.pull(1), "")
 

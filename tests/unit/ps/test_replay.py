@@ -210,3 +210,12 @@ def test_a_mark_looks_at_the_optimizer_too(slot: str) -> None:
     with pytest.raises(ParameshError) as caught:
         catch_up(world.follower, world.primary)
     assert caught.value.reason == "DIVERGED"
+
+
+def test_a_record_that_changes_nothing_is_replayed() -> None:
+    world = World(0)
+    world.act("first", 1)
+    world.primary.touch()
+    catch_up(world.follower, world.primary)
+    assert world.follower.log.last == world.primary.log.last
+    assert world.follower.state_hash() == world.primary.state_hash()
