@@ -5,8 +5,9 @@
 
 Greedy. Each step makes the sum of squares of primaries' bytes smaller, or leaves the primaries
 alone and makes that of all bytes smaller, or makes that of requests smaller and leaves bytes as
-even as they have to be; so it ends, and carrying plans out one after the other ends in an empty
-one. A partition is in a plan at most once.
+even as they have to be; so it ends. Plans that are carried out whole end in an empty one; of an
+exchange that was cut off after one half the next plan may take the half back. A partition is in a
+plan at most once.
 """
 
 from __future__ import annotations
