@@ -194,7 +194,7 @@ def _silence_of_its_own() -> AbstractContextManager[Any]:
 @_broken("an older primary's records are acknowledged to the next")
 def _old_tail_acknowledged() -> AbstractContextManager[Any]:
     """Seed 100 of three replicas, of before."""
-    return _patch(replication, "_taken", replication._where)
+    return _patch(Replica, "matched", property(lambda self: self.last.lsn))
 
 
 @_broken("a follower truncates on hearing of an epoch")
@@ -230,7 +230,7 @@ def _no_previous() -> AbstractContextManager[Any]:
 
 @_broken("a follower takes records of an older epoch")
 def _no_promise() -> AbstractContextManager[Any]:
-    def greet(self: Replica, epoch: int) -> None:
+    def greet(self: Replica, epoch: int, version: int = 0) -> None:
         if self.role is not Role.PRIMARY:
             self.machine.log.replicated = True
 

@@ -14,8 +14,10 @@ from paramesh import files
 from paramesh.files import Folder
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.insync import InSync, Ref
+from paramesh_server.log import START, Position
+from paramesh_server.replica import Replica
 
-from tests.simulation.unruly import unruly
+from tests.simulation.unruly import empty, record, unruly
 
 ME, OTHER = Ref("a", 1), Ref("b", 1)
 WORLDS = 60
@@ -25,6 +27,17 @@ def unruly_messages() -> None:
     """A follower applies what is committed, though messages come in any order (`unruly.py`)."""
     for seed in range(WORLDS):
         unruly(seed)
+
+
+def older_tail_is_not_acknowledged() -> None:
+    """A follower has records of an older primary beyond those that the new one has sent it."""
+    replica = Replica(empty(), ME)
+    for lsn in (1, 2, 3):
+        replica.offer(1, Position(lsn - 1, int(lsn > 1)), record(Position(lsn, 1)))
+    replica.offer(2, START, record(Position(1, 1)))
+    assert (replica.last, replica.matched) == (Position(3, 1), 1)
+    replica.offer(2, Position(1, 1), record(Position(2, 2)))
+    assert replica.matched == 2
 
 
 def learner_of_another_row() -> None:

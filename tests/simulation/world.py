@@ -82,7 +82,13 @@ class Profile:
     @classmethod
     def drawn(cls, rng: random.Random, replicas: int = 0, scenario: str = DRAWN, **changes: Any) -> Profile:
         """As a seed draws it; changes are set after that, and what their scenario needs."""
-        drawn = rng.choice(["", "", *(name for name, kind in SCENARIOS.items() if kind.replicas == 2 or replicas != 2)])
+        drawn = rng.choice(
+            [
+                "",
+                "",
+                *(name for name, kind in SCENARIOS.items() if kind.drawn and (kind.replicas == 2 or replicas != 2)),
+            ]
+        )
         scenario = drawn if scenario == DRAWN else scenario
         kind = SCENARIOS.get(scenario, Kind(()))
         replicas = max(replicas or rng.choice([2, 2, 3]), kind.replicas)
