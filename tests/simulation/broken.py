@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from paramesh import files
+from paramesh.async_client import AsyncClient
 from paramesh_coordinator import failover
 from paramesh_coordinator.checkers import Liveness, Verdict
 from paramesh_coordinator.rows import PartitionRow
@@ -303,7 +304,16 @@ def _no_tombstone() -> AbstractContextManager[Any]:
 
 @_broken("no floor is sent with a pull")
 def _no_floor() -> AbstractContextManager[Any]:
-    return _patch(World, "floors", False)
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        def pull_of(self: AsyncClient, partition: int, floors: Any = None) -> Any:
+            return real(self, partition)
+
+        real = AsyncClient._pull_of
+        with _patch(World, "floors", False), _patch(AsyncClient, "_pull_of", pull_of):
+            yield
+
+    return patched()
 
 
 @_broken("a folder is not synced after a rename")
@@ -346,12 +356,20 @@ def _forget_at_step() -> AbstractContextManager[Any]:
 def _bare_restaging() -> AbstractContextManager[Any]:
     """Seed 502 of before."""
 
-    async def restage(self: Worker, asked: Any, step: int) -> bool:
-        bare = dataclasses.replace(asked, committed=())
-        return bool(await real(self, bare, step))
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        async def restage(self: Worker, asked: Any, step: int) -> bool:
+            bare = dataclasses.replace(asked, committed=())
+            return bool(await real(self, bare, step))
 
-    real = Worker._restage
-    return _patch(Worker, "_restage", restage)
+        def preamble(self: AsyncClient, records: Any) -> bytes:
+            return whole(self, [])
+
+        real, whole = Worker._restage, AsyncClient._preamble
+        with _patch(Worker, "_restage", restage), _patch(AsyncClient, "_preamble", preamble):
+            yield
+
+    return patched()
 
 
 @_broken("FENCE drops what is staged")

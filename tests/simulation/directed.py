@@ -5,13 +5,19 @@ Each function drives the real core, and fails by an AssertionError without its r
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from paramesh import files
+from paramesh.async_client import AsyncClient
 from paramesh.files import Folder
+from paramesh.framing import decode
+from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.insync import InSync, Ref
 from paramesh_server.log import START, Position
@@ -57,6 +63,42 @@ def learner_of_another_row() -> None:
     wish = insync.wish(1.1)
     assert wish is not None
     assert OTHER in wish.isr
+
+
+def _bare_client() -> Any:
+    """A real client's methods, without a connection: client 9, and a map in which partitions are of epoch 3."""
+    routes = SimpleNamespace(
+        partition=lambda number: pb.Partition(id=number, epoch=3), primary=lambda _: (SimpleNamespace(address="a"), 3)
+    )
+    stand_ins = {
+        "client_id": 9, "push_timeout": 1.0, "routes": routes, "header": staticmethod(pb.RequestHeader),
+        "lane": None, "_kept": None,
+    }  # fmt: skip
+    kind: Any = type("BareClient", (AsyncClient,), stand_ins)
+    return kind.__new__(kind)
+
+
+def pulls_name_a_floor() -> None:
+    """A real client's pull says what it must reflect; `unit/ps/test_servicer.py -k floor`: a server waits."""
+    asked = _bare_client()._pull_of(1, {1: (3, 70)})
+    assert (asked.floor_epoch, asked.floor_lsn) == (3, 70)
+
+
+def decisions_come_along() -> None:
+    """A real client brings a contribution again with the decision that names it: else a fenced one is refused."""
+    client = _bare_client()
+    encoded = SimpleNamespace(partition=3, messages=lambda head: [b"bytes"])
+    client._kept = {1: SimpleNamespace(step=4, contributions={(3, 1): encoded})}
+    sent: list[bytes] = []
+
+    async def push(messages: list[bytes], _: float) -> list[ps.PartitionOutcome]:
+        sent.extend(messages)
+        return []
+
+    client.lane = lambda _: SimpleNamespace(push=push)
+    record_ = pb.StepRecord(group=1, step=4, contributors=[pb.Contributor(client_id=9)])
+    assert asyncio.run(client._restage(3, 1, 4, [9], [record_]))
+    assert list(decode(sent[0], ps.PushHeader).header.committed) == [record_]
 
 
 def folders_are_synced() -> None:

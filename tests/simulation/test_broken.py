@@ -18,8 +18,6 @@ BESIDE = "primaries die beside stopped followers"
 BACK = "deposed and back"
 DEATHS = "contributors die"
 STOPPED = "the coordinator is stopped"
-OLD_MAPS = "old maps"
-ZOMBIES = "zombies"
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,6 @@ SLOW = {
     "a deposed primary's senders never start again": Found("17:", BACK, 60),
     "FENCE leaves no tombstone": Found("3:", "", 300),
     "a worker forgets its contribution at STEP": Found("17:", PRIMARIES, 60),
-    "no floor is sent with a pull": Found("13:", OLD_MAPS, 600),
-    "a fenced contribution comes without the decision that names it": Found("", ZOMBIES, 600),
 }
 """By `make soak`."""
 
@@ -69,6 +65,8 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "the commit is taken without matching the log": directed.unruly_messages,
     "records are held without looking at the one before": directed.unruly_messages,
     "an older primary's records are acknowledged to the next": directed.older_tail_is_not_acknowledged,
+    "no floor is sent with a pull": directed.pulls_name_a_floor,
+    "a fenced contribution comes without the decision that names it": directed.decisions_come_along,
     "a learner's word from before the newest row counts": directed.learner_of_another_row,
     "a folder is not synced after a rename": directed.folders_are_synced,
 }
