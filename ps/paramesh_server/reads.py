@@ -62,7 +62,7 @@ class Reads:
                 encoded = await self._at_step(held, request, kind)
             else:
                 encoded = await self._above_floor(held, asked, request, kind, deadline)
-            await held.released(encoded.at.lsn, formed.reign, early=held.early)
+            await held.released(encoded.at.lsn, formed.reign, early=held.early, kept=bool(request.committed))
             return encoded.messages
         except Exception as error:
             detail = await self._plane.refusal(error, formed, asked.partition)

@@ -55,13 +55,16 @@ class Formed(NamedTuple):
     early: bool = False
     """The answer is about an update that its table acknowledges early."""
 
-    async def released(self) -> None:
+    async def released(self, *, kept: bool = False) -> None:
         """Wait until all that the replica has appended so far is committed, or may be shown.
+
+        Args:
+            kept: the answer acknowledges a write.
 
         Raises:
             Retryable: NOT_PRIMARY, NOT_ENOUGH_REPLICAS.
         """
-        await self.held.released(self.held.partition.log.lsn, self.reign, early=self.early)
+        await self.held.released(self.held.partition.log.lsn, self.reign, early=self.early, kept=kept)
 
 
 class DataPlane:
@@ -186,7 +189,7 @@ class DataPlane:
             partition = held.partition
             answer.lsn, answer.duplicate, answer.lost = outcome.lsn, outcome.duplicate, outcome.lost
             answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
-            await formed.released()  # also what it says of steps must be in every log
+            await formed.released(kept=True)  # also what it says of steps must be in every log
             self._counters.duplicates += outcome.duplicate
         except Exception as error:
             answer.Clear()

@@ -193,26 +193,33 @@ class Slot:
         # The event of now, not that of when a task gets to run: what moves in between would be missed.
         return _within(self._moved, timeout)
 
-    async def released(self, lsn: int, reign: int, *, early: bool = False) -> None:
+    async def released(self, lsn: int, reign: int, *, early: bool = False, kept: bool = False) -> None:
         """Wait until a record is in the log of every replica that may be in sync.
 
         Args:
             lsn: the last record that an answer reflects.
             reign: `replica.reign` from before the answer was formed.
             early: or until so little is missing there that acks=primary may do without.
+            kept: the answer acknowledges a write, so that `min_isr` replicas must be in sync: followers may
+                have gone since it was appended, as Kafka's NOT_ENOUGH_REPLICAS_AFTER_APPEND says.
 
         Raises:
             Retryable: NOT_PRIMARY, if this replica is deposed meanwhile: its answer may be
-                wrong; NOT_ENOUGH_REPLICAS after `RELEASE_S`, naming who is waited for.
+                wrong; NOT_ENOUGH_REPLICAS after `RELEASE_S`, naming who or how many are waited for.
         """
         deadline = time.monotonic() + RELEASE_S
         while True:
             self.check_primary()
             if self.replica.reign != reign:  # deposed and promoted again: that record may be another one now
                 raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile", partition=self.number)
-            if self.replica.insync.commit >= lsn or (early and self.replica.early(lsn, time.monotonic())):
+            if early and self.replica.early(lsn, time.monotonic()):
+                return
+            committed = self.replica.insync.commit >= lsn
+            if committed and not (kept and len(self.replica.insync.isr) < self.min_isr):
                 return
             if time.monotonic() >= deadline:
+                if committed:
+                    self.check_writable()
                 names = ", ".join(self.replica.insync.waiting_for())
                 raise refuse("NOT_ENOUGH_REPLICAS", f"partition {self.number} waits for {names}", partition=self.number)
             await self.stirred(deadline - time.monotonic())

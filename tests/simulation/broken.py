@@ -59,7 +59,7 @@ def _patch(owner: object, name: str, new: object) -> AbstractContextManager[Any]
 
 @_broken("answers leave before the in-sync set has their records")
 def _ack_early() -> AbstractContextManager[Any]:
-    async def released(self: Slot, lsn: int, reign: int) -> None:
+    async def released(self: Slot, lsn: int, reign: int, *, kept: bool = False) -> None:
         self.check_primary()
         self.server.world.checks.released(self, lsn)
 

@@ -74,7 +74,7 @@ class DataPlane:
             outcome = await self._push(slot, request)
             partition = slot.partition
             answer = Answer(outcome.lsn, partition.epoch, partition.applied_step, outcome.duplicate)
-            await slot.released(partition.log.lsn, reign)
+            await slot.released(partition.log.lsn, reign, kept=True)
         except ParameshError as error:
             raise await self._refusal(error, slot, reign) from None
         self.world.checks.answered(slot, request, answer)
@@ -122,7 +122,7 @@ class DataPlane:
                 answer = await slot.lead(lambda: self._at_step(slot, request))
             else:
                 answer = await self._above_floor(slot, request)
-            await slot.released(answer.lsn, reign)
+            await slot.released(answer.lsn, reign, kept=bool(request.committed))
         except ParameshError as error:
             raise await self._refusal(error, slot, reign) from None
         return answer

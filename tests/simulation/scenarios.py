@@ -73,15 +73,6 @@ class Scenario(Faults):
         if server is not None:
             self.kill(server, told=True)
 
-    def kill_primary_with_uneven_followers(self) -> None:
-        """One follower lacks what another one has, and may be the successor."""
-        row = self._row()
-        primary = self._server(row.primary)
-        followers = [ref.name for ref in row.isr if ref != row.primary]
-        if primary is not None and len(followers) > 1:
-            self.cut_off([(row.primary.name, self.rng.choice(followers))], 0.5)
-            self._later(self.rng.uniform(0.02, 0.3), self.kill, primary, told=True)
-
     def kill_primary_beside_a_stopped_follower(self) -> None:
         """Whoever takes over waits for that follower, and meets learners meanwhile."""
         row = self._row()
@@ -174,9 +165,6 @@ SCENARIOS: dict[str, Kind] = {
     ),
     "contributors die": Kind(("kill_contributor",), {"idle": 1.0, "workers": 3, "latency": 0.03}),
     "the coordinator is stopped": Kind(("pause_coordinator", "kill_server")),
-    "uneven followers": Kind(
-        ("kill_primary_with_uneven_followers",), {"latency": 0.1, "think_s": 0.1, "pushers": 2}, 3, drawn=False
-    ),
     "old maps": Kind(
         ("isolate",), {"readers": 2, "pushers": 2, "late_maps": 1.0, "think_s": 0.1, "faulty_s": 15.0}, drawn=False
     ),

@@ -101,7 +101,7 @@ class Slot:
     async def stirred(self, timeout: float) -> None:
         await self.server.kernel.wait(self._moved.next, timeout)
 
-    async def released(self, lsn: int, reign: int) -> None:
+    async def released(self, lsn: int, reign: int, *, kept: bool = False) -> None:
         """The output commit: no answer leaves before its records are everywhere."""
         kernel = self.server.kernel
         deadline = kernel.now + RELEASE_S
@@ -109,10 +109,13 @@ class Slot:
             self.check_primary()
             if self.replica.reign != reign:
                 raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile")
-            if self.replica.insync.commit >= lsn:
+            committed = self.replica.insync.commit >= lsn
+            if committed and not (kept and len(self.replica.insync.isr) < self.min_isr):
                 self.server.world.checks.released(self, lsn)
                 return
             if kernel.now >= deadline:
+                if committed:
+                    self.check_writable()
                 names = ", ".join(self.replica.insync.waiting_for())
                 raise refuse("NOT_ENOUGH_REPLICAS", f"partition {self.number} waits for {names}")
             await self.stirred(deadline - kernel.now)

@@ -54,7 +54,7 @@ SLOW = {
     "a learner that is asked for is not waited for": Found("9:", FOLLOWERS, 100),
     "a refused wish counts as an outcome": Found("9:", FOLLOWERS, 300),
     "a new primary knows only of its own commits": Found("9:", BESIDE, 100),
-    "a follower takes records of an older epoch": Found("", BACK, 60),
+    "a follower takes records of an older epoch": Found("9:", BACK, 60),
     "a deposed primary's senders never start again": Found("17:", BACK, 60),
     "FENCE leaves no tombstone": Found("3:", "", 300),
     "a worker forgets its contribution at STEP": Found("17:", PRIMARIES, 60),
@@ -74,28 +74,27 @@ DIRECTED: dict[str, Callable[[], None]] = {
 
 
 def found(name: str, where: Found) -> str:
-    """What the first failing seed says."""
+    """What the first seed says that fails by the invariant."""
     with BROKEN[name]():
         for seed in range(where.seeds):
             try:
                 simulate(seed, scenario=where.scenario)
             except Failure as failure:
-                return str(failure)
+                if where.invariant in str(failure):
+                    return str(failure)
     pytest.fail(f"{name}: not found within {where.seeds} seeds")
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_it_is_found_at_once(name: str) -> None:
-    story = found(name, QUICK[name])
-    assert QUICK[name].invariant in story
-    assert "replay: make sim SEED=" in story
+    assert "replay: make sim SEED=" in found(name, QUICK[name])
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SLOW)
 def test_it_is_found(name: str) -> None:
-    assert SLOW[name].invariant in found(name, SLOW[name])
+    found(name, SLOW[name])
 
 
 @pytest.mark.parametrize("name", DIRECTED)

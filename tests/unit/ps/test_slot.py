@@ -55,6 +55,28 @@ def test_an_answer_waits_for_every_replica_that_may_be_in_sync() -> None:
     on_loop(test)
 
 
+def test_a_write_is_not_acknowledged_by_fewer_than_min_isr_though_it_was_appended_with_enough() -> None:
+    """Its follower left between append and acknowledgement: readers need not wait for another, the writer does."""
+
+    async def test() -> None:
+        held = leading(ME, OTHER)
+        held.min_isr = 2
+        lsn = await held.lead(held.partition.mark)
+        reign = held.replica.reign
+        waiting = asyncio.ensure_future(held.released(lsn, reign, kept=True))
+        held.replica.lead(row(2, 1, ME), 0.0)
+        held.stir()
+        await held.released(lsn, reign)
+        done, _ = await asyncio.wait({waiting}, timeout=0.05)
+        assert not done
+        held.replica.lead(row(3, 1, ME, OTHER), 0.0)
+        held.replica.insync.acked(OTHER, lsn, 0.0)
+        held.stir()
+        await waiting
+
+    on_loop(test)
+
+
 def test_a_deposed_primary_releases_nothing() -> None:
     async def test() -> None:
         held = leading(ME, OTHER)
