@@ -72,7 +72,7 @@ def _bare_client() -> Any:
     )
     stand_ins = {
         "client_id": 9, "push_timeout": 1.0, "routes": routes, "header": staticmethod(pb.RequestHeader),
-        "lane": None, "_kept": None,
+        "lane": None, "_kept": None, "_seq": {},
     }  # fmt: skip
     kind: Any = type("BareClient", (AsyncClient,), stand_ins)
     return kind.__new__(kind)
