@@ -7,7 +7,7 @@ from paramesh.channel import grpc
 from paramesh.errors import REASONS, InternalError, ParameshError, TensorMismatch, refuse
 from paramesh.retry import REPEATABLE, Backoff
 from paramesh.status import error_detail, from_detail, from_rpc_error, typed_errors
-from paramesh.v1 import coordinator_pb2, errors_pb2, ledger_pb2, parameter_server_pb2, replication_pb2
+from paramesh.v1 import coordinator_pb2, errors_pb2, ledger_pb2, parameter_server_pb2, recovery_pb2, replication_pb2
 from paramesh.v1 import ledger_pb2_grpc as lg
 
 LOCAL_ONLY = {"CONFIG", "UNREACHABLE", "FORKED"}
@@ -29,7 +29,7 @@ def test_every_reason_makes_its_typed_error_with_a_known_status():
 
 def test_every_call_of_the_contract_is_declared_repeatable_with_a_reason():
     declared = set()
-    for module in (parameter_server_pb2, ledger_pb2, coordinator_pb2, replication_pb2):
+    for module in (parameter_server_pb2, ledger_pb2, coordinator_pb2, replication_pb2, recovery_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             declared |= {f"{service.name}.{method.name}" for method in service.methods}
     assert declared == set(REPEATABLE)
