@@ -16,6 +16,7 @@ their default election timeout of 1 s.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -72,7 +73,7 @@ def _measure(fault: str, load: str, runs: int) -> Row:
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of them do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
 def _row(fault: str, load: str, seconds: list[float], lost: int, duplicated: int) -> Row:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError
+from paramesh.memory import keep_imports
 
 from paramesh_coordinator.config import CoordinatorConfig, parse_every
 from paramesh_coordinator.store.etcd_target import SCHEME, EtcdTarget
@@ -228,6 +229,7 @@ def _state(state: str | None, ephemeral: bool) -> Path | EtcdTarget | None:
 async def _run(config: CoordinatorConfig) -> int:
     from paramesh_coordinator.server import CoordinatorServer
 
+    keep_imports()
     if config.insecure:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked_to_stop = asyncio.Event()

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from paramesh.command_help import PlainCommand, version_option
 from paramesh.errors import ConfigError, ParameshError
-from paramesh.memory import keep_big_buffers
+from paramesh.memory import keep_big_buffers, keep_imports
 
 from paramesh_server import config as config_module
 from paramesh_server.config import ServerConfig
@@ -156,6 +156,7 @@ async def _run(config: ServerConfig) -> int:
     # Partitions are computed side by side by our own threads; torch's would only contend.
     torch.set_num_threads(1)
     keep_big_buffers()
+    keep_imports()
     if config.insecure:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked, stop = asyncio.Event(), asyncio.Event()

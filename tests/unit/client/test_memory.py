@@ -38,3 +38,10 @@ def test_frames_do_not_fault_their_pages_anew():
 
 def test_the_users_own_settings_win():
     run(WANTED="False", MALLOC_TOP_PAD_="1048576")
+
+
+def test_what_is_imported_is_not_looked_at_again():
+    code = "import gc, paramesh.memory as m; m.keep_imports(); print(gc.get_freeze_count() > 1000)\n"
+    code += "print(len(gc.get_objects()) < 1000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "True"]
