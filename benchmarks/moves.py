@@ -4,16 +4,15 @@
 
 Real processes: three servers, two workers that push to every partition without a pause to
 speak of (async), or train in step (sync). Partitions move at random from server to server,
-one after the other, as with `psctl move`. A move's figure is the longest time between two
-acknowledged writes to its partition (sync: the longest step) that touches the time from
-asking for it until it was done. Beside it: the same over as long a time just before,
-without a move; on a busy machine that is most of it.
+one after the other, as with `psctl move`. A move's figure is the longest that a write to its
+partition took until it was acknowledged (sync: the longest step), of those that touch the time
+from asking for it until it was done. Beside it: the same over 0.3 s just before, without a
+move; on a busy machine that is most of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
 import random
@@ -39,10 +38,10 @@ class Row:
     replicas: int
     moves: int
     cancelled: int
-    gap_p50_ms: float
-    """Of each move's longest time without an acknowledged write."""
-    gap_p99_ms: float
-    gap_max_ms: float
+    write_p50_ms: float
+    """Of each move's longest write."""
+    write_p99_ms: float
+    write_max_ms: float
     quiet_p50_ms: float
     """The same without a move, just before each."""
     quiet_p99_ms: float
@@ -145,27 +144,27 @@ def _is_right(load: str, lines: list[list[dict[str, Any]]], address: str) -> boo
         return all(bool((values[f"t{i}"] == float(count)).all()) for i, count in enumerate(wanted))
 
 
-def _gaps(load: str, lines: list[list[dict[str, Any]]], partition: int) -> list[tuple[float, float]]:
-    """(begin, end) between consecutive acknowledged writes, of every worker. The ledger is in every step."""
-    found = []
-    for mine in lines:
-        wanted = {line["p"] for line in mine} if load == "sync" or partition == 0 else {partition}
-        for p in wanted:
-            times = [line["t"] for line in mine if line["p"] == p and "t" in line]
-            found += itertools.pairwise(times)
-    return found
+def _writes(load: str, lines: list[list[dict[str, Any]]], partition: int) -> list[tuple[float, float]]:
+    """(begin, acknowledged) of every worker's writes to a partition. The ledger is in every step."""
+    everywhere = load == "sync" or partition == 0
+    return [
+        (line["began"], line["t"])
+        for mine in lines
+        for line in mine
+        if "t" in line and (everywhere or line["p"] == partition)
+    ]
 
 
-def _longest(gaps: list[tuple[float, float]], begin: float, end: float) -> float:
-    return max((b - a for a, b in gaps if a < end and b > begin), default=0.0)
+def _longest(writes: list[tuple[float, float]], begin: float, end: float) -> float:
+    return max((b - a for a, b in writes if a < end and b > begin), default=0.0)
 
 
 def _row(
     load: str, replicas: int, moves: list[_Move], lines: list[list[dict[str, Any]]], failed: int, right: bool
 ) -> Row:
-    gaps = {p: _gaps(load, lines, p) for p in {move.partition for move in moves}}
-    during = [_longest(gaps[m.partition], m.begin, m.end) * 1e3 for m in moves]
-    before = [_longest(gaps[m.partition], m.begin - 0.3, m.begin) * 1e3 for m in moves]
+    writes = {p: _writes(load, lines, p) for p in {move.partition for move in moves}}
+    during = [_longest(writes[m.partition], m.begin, m.end) * 1e3 for m in moves]
+    before = [_longest(writes[m.partition], m.begin - 0.3, m.begin) * 1e3 for m in moves]
     took = [(m.end - m.begin) * 1e3 for m in moves]
     return Row(
         load, replicas, len(moves), sum(not m.done for m in moves),

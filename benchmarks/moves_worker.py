@@ -23,7 +23,7 @@ from paramesh.heart import beat
 
 TABLE = "moved"
 PAUSE_S = 0.02
-"""Between two pushes to one partition: the gap is what is measured, not how much a machine can do."""
+"""Between two pushes to one partition: how long one takes is measured, not how much a machine can do."""
 
 
 async def push(address: str, stopped: Callable[[], bool], out: IO[str]) -> None:
@@ -36,9 +36,10 @@ async def push(address: str, stopped: Callable[[], bool], out: IO[str]) -> None:
         while not stopped():
             gradient = torch.full((elements,), -1.0)
             encoded = Encoded.from_parts(partition, b"", [(0, gradient.numpy().data.cast("B"))])
+            began = time.monotonic()
             await client.push_sequenced({partition: encoded})
             pushes += 1
-            out.write(json.dumps({"p": partition, "t": time.monotonic()}) + "\n")
+            out.write(json.dumps({"p": partition, "began": began, "t": time.monotonic()}) + "\n")
             await asyncio.sleep(PAUSE_S)
         out.write(json.dumps({"p": partition, "pushes": pushes}) + "\n")
 
@@ -67,12 +68,13 @@ def train(plan: dict[str, Any], stopped: Callable[[], bool], out: IO[str]) -> No
     steps = 0
     # The workers agree on when to stop: one that left alone would leave the other one step ahead.
     while not (steps % 16 == 0 and paramesh.mean(float(stopped())) > 0):
+        began = time.monotonic()
         optimizer.step()
         steps += 1
         if momentum == 1.0 and steps == 1:  # it keeps the first gradient for ever: every step still adds one
             for parameter in model:
                 parameter.grad = torch.zeros_like(parameter)
-        out.write(json.dumps({"p": -1, "t": time.monotonic()}) + "\n")
+        out.write(json.dumps({"p": -1, "began": began, "t": time.monotonic()}) + "\n")
     right = all(bool((parameter == float(steps)).all()) for parameter in model)
     out.write(json.dumps({"p": -1, "pushes": steps, "right": right}) + "\n")
     paramesh.shutdown()

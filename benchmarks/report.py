@@ -33,14 +33,14 @@ def show(benchmark: str, result: dict[str, Any]) -> None:
 
 
 def _show_moves(console: Console, result: dict[str, Any]) -> None:
-    title = f"Moves of {result['partitions']} partitions of {result['partition_mib']:g} MiB, longest gap in writes (ms)"
+    title = f"Moves of {result['partitions']} partitions of {result['partition_mib']:g} MiB, longest write (ms)"
     table = Table(title=title)
     heads = "load,replicas,moves,cancelled,p50,p99,max,quiet p50,quiet p99,move p50,failed,writes,values"
     for head in heads.split(","):
         table.add_column(head, justify="right")
     for row in result["rows"]:
-        keys = ["load", "replicas", "moves", "cancelled", "gap_p50_ms", "gap_p99_ms", "gap_max_ms", "quiet_p50_ms",
-                "quiet_p99_ms", "move_p50_ms", "failed", "writes"]  # fmt: skip
+        keys = ["load", "replicas", "moves", "cancelled", "write_p50_ms", "write_p99_ms", "write_max_ms",
+                "quiet_p50_ms", "quiet_p99_ms", "move_p50_ms", "failed", "writes"]  # fmt: skip
         table.add_row(*(str(row[key]) for key in keys), "right" if row["right"] else "[red]WRONG[/red]")
     console.print(table)
 
