@@ -228,8 +228,13 @@ class Draft:
             self._remove()
 
     def _remove(self) -> None:
+        """Out of the way first: another process may be about to write one more file into it."""
+        gone = self._target
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._target, recursive=True)
+            if self._local:
+                gone = f"{self._place}.{secrets.token_hex(4)}{TEMPORARY}"
+                os.rename(self._target, gone)
+            self._fs.rm(gone, recursive=True)
 
     def _forget_manifest(self) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -1,5 +1,6 @@
 """Checkpoints as folders: there whole or not at all, whatever happens and whenever."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -315,3 +316,22 @@ def test_on_an_object_store_the_manifest_is_the_commit():
     assert Folder(url).open()["n"] == 1
     fs, place = fsspec.core.url_to_fs(url)
     assert sorted(p.rpartition("/")[2] for p in fs.ls(place, detail=False)) == ["MANIFEST.json", "a"]
+
+
+def test_what_is_given_up_goes_although_another_process_still_writes_into_it(tmp_path, monkeypatch):
+    """A server's last file arrives while the coordinator takes the folder apart: it must find no folder."""
+    draft = Archive(str(tmp_path)).draft("late")
+    draft.begin()
+    draft.put("one.bin", [b"1"])
+    real, tried = os.rmdir, []
+
+    def rmdir(*arguments, **how):
+        tried.append(arguments)
+        with contextlib.suppress(OSError):
+            (tmp_path / "late.tmp" / "two.bin").write_bytes(b"2")
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    draft.abort()
+    assert tried, "nothing was taken apart"
+    assert os.listdir(tmp_path) == []
