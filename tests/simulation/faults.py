@@ -162,7 +162,7 @@ class Faults:
             await self.net.call(self.operator, "coordinator", "psctl", (verb, *arguments), 3.0)
         except ParameshError as error:
             self.kernel.note(f"psctl {verb} was refused: {error!r}")
-            if verb == "undrain" and error.reason != "UNKNOWN_NODE":  # a person would see that, and ask again
+            if verb == "undrain":  # a person would see that, and ask again, also when it is not there just now
                 await self.kernel.sleep(1.0)
                 self._psctl(verb, *arguments)
 

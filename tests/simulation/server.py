@@ -183,14 +183,22 @@ class Server(DataPlane, Inbound, Handover):
         return row.primary == self.me or self.me in row.isr or self.me in row.learners
 
     async def _follow(self, routes: Routes) -> None:
-        while self._reconciling:
-            await self._turn.next
-        if routes is not self.routes:
-            return
-        self._reconciling = True
-        await self._reconcile(routes)
-        self._reconciling = False
-        self._turn.fire()
+        backoff = Backoff(self.world.rng, cap=1.0)
+        while True:
+            while self._reconciling:
+                await self._turn.next
+            if routes is not self.routes:
+                return
+            self._reconciling = True
+            try:
+                await self._reconcile(routes)
+                return
+            except ParameshError as error:
+                self.kernel.note(f"{self.ref.node} waits with map {routes.version}: {error!r}")
+            finally:
+                self._reconciling = False
+                self._turn.fire()
+            await self.kernel.sleep(backoff.next())
 
     async def _reconcile(self, routes: Routes) -> None:
         rows = {row.id: row for row in routes.map.partitions}
