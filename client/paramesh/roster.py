@@ -40,16 +40,14 @@ class Roster:
         return self._status
 
     def world_size(self) -> int:
-        """Members now; until the job has started, at least as many as it starts with."""
-        return max(1, len(self._now().members), self._expected())
-
-    def _expected(self) -> int:
-        """Members that the job will start with; 0 once they have all been there."""
-        return 0 if self._now().started else self._session.job.start_workers
+        """Members now; before the first step, at least as many as the job starts with."""
+        status = self._now()
+        begun = any(group.next_step > 0 or group.max_clock > 0 for group in status.groups)
+        return max(1, len(status.members), 0 if begun else self._session.job.start_workers)
 
     def is_lowest(self) -> bool:
         """Whether no member has a lower rank than this worker, now or when those are here that the job starts with."""
         members = self._now().members
-        if len(members) < self._expected():
+        if not self._now().started and len(members) < self._session.job.start_workers:
             return self._session.rank == 0  # the others are on their way: there must not be two
         return all(member.rank >= self._session.rank for member in members)

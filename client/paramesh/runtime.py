@@ -72,7 +72,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many workers there are now; until the job has started, at least as many as it starts with.
+    """How many workers there are now; before the first step, at least as many as the job starts with.
     Alone: 1. It changes when workers come, die or leave.
     """
     session = current()

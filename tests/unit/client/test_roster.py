@@ -10,10 +10,11 @@ from paramesh.roster import Roster
 from paramesh.v1 import ledger_pb2 as lg
 
 
-def roster(rank: int, members: list[int], *, start_workers: int, started: bool = False) -> Roster:
+def roster(rank: int, members: list[int], *, start_workers: int, started: bool = False, next_step: int = 0) -> Roster:
     status = lg.LedgerStatusResponse(
         members=[lg.Member(rank=other) for other in members],
         started=started,
+        groups=[lg.GroupStatus(next_step=next_step)],
     )
     session: Any = SimpleNamespace(
         rank=rank, job=SimpleNamespace(start_workers=start_workers), request=lambda _ask, _what: status
@@ -37,4 +38,8 @@ def test_one_who_died_before_the_first_step_is_not_waited_for() -> None:
 
 def test_in_training_the_lowest_of_those_that_live_is_chief() -> None:
     assert roster(2, [2], start_workers=3, started=True).is_lowest()
-    assert roster(2, [2], start_workers=3, started=True).world_size() == 1
+    assert roster(2, [2], start_workers=3, started=True, next_step=5).world_size() == 1
+
+
+def test_who_was_quicker_and_left_counts_until_the_first_step() -> None:
+    assert roster(0, [0], start_workers=3, started=True).world_size() == 3
