@@ -16,9 +16,9 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.moves import count_lines
 from tests.cluster import replication
 from tests.cluster.processes import ProcessCluster
 
@@ -68,7 +68,7 @@ def _measure(mib: float, partitions: int, replicas: int) -> Row:
         for index, out in enumerate(outs):
             command = [sys.executable, "-m", "benchmarks.moves_worker", plan, str(out), str(stop)]
             workers.append(cluster.start_command(f"worker-{index}", command, PARAMESH_RANK=str(index)))
-        cluster.wait_until(lambda: all(_count(out) > 5 for out in outs), DEADLINE, "steps")
+        cluster.wait_until(lambda: all(count_lines(out) > 5 for out in outs), DEADLINE, "steps")
         replication.wait_until_in_sync(cluster, replicas)
         calm = time.monotonic()
         cluster.wait_until(lambda: time.monotonic() > calm + CALM, CALM + 5, "a time to compare with")
@@ -94,10 +94,6 @@ def _add(cluster: ProcessCluster) -> tuple[float, float, float, int]:
     cluster.wait_until(lambda: _is_even(cluster), DEADLINE, "even bytes")
     even = time.monotonic()
     return started, came, even, sum(name in (r.primary, *r.isr) for r in replication.rows(cluster).values())
-
-
-def _count(path: Path) -> int:
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def _is_even(cluster: ProcessCluster) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import statistics
 import sys
@@ -23,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.failover import percentile
 
 SERVERS = 3
 WORKERS = 2
@@ -75,7 +76,7 @@ def _measure(load: str, replicas: int, moves: int, partitions: int, elements: in
         for index, out in enumerate(outs):
             command = [sys.executable, "-m", "benchmarks.moves_worker", plan, str(out), str(stop)]
             workers.append(cluster.start_command(f"worker-{index}", command, PARAMESH_RANK=str(index)))
-        cluster.wait_until(lambda: all(_count(out) > 50 for out in outs), DEADLINE, "workers to push")
+        cluster.wait_until(lambda: all(count_lines(out) > 50 for out in outs), DEADLINE, "workers to push")
         done = asyncio.run(_move_about(cluster.coordinator_address, moves))
         stop.touch()
         cluster.wait_until(lambda: all(w.exit_code is not None for w in workers), DEADLINE, "workers to end")
@@ -96,7 +97,8 @@ def _make_table(address: str, partitions: int, elements: int) -> None:
         tool.create_table(TABLE, first, "SGD", {"lr": 1.0}, partition_bytes=elements * 4)
 
 
-def _count(path: Path) -> int:
+def count_lines(path: Path) -> int:
+    """Of what a worker has written so far."""
     return path.read_text().count("\n") if path.exists() else 0
 
 
@@ -168,13 +170,7 @@ def _row(
     took = [(m.end - m.begin) * 1e3 for m in moves]
     return Row(
         load, replicas, len(moves), sum(not m.done for m in moves),
-        round(statistics.median(during), 1), round(_percentile(during, 0.99), 1), round(max(during), 1),
-        round(statistics.median(before), 1), round(_percentile(before, 0.99), 1), round(statistics.median(took), 1),
+        round(statistics.median(during), 1), round(percentile(during, 0.99), 1), round(max(during), 1),
+        round(statistics.median(before), 1), round(percentile(before, 0.99), 1), round(statistics.median(took), 1),
         failed, sum("t" in line for mine in lines for line in mine), right,
     )  # fmt: skip
-
-
-def _percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]

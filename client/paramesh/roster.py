@@ -47,7 +47,7 @@ class Roster:
 
     def is_lowest(self) -> bool:
         """Whether no member has a lower rank than this worker, now or when those are here that the job starts with."""
-        members = self._now().members
-        if not self._now().started and len(members) < self._session.job.start_workers:
+        status = self._now()
+        if not status.started and len(status.members) < self._session.job.start_workers:
             return self._session.rank == 0  # the others are on their way: there must not be two
-        return all(member.rank >= self._session.rank for member in members)
+        return all(member.rank >= self._session.rank for member in status.members)

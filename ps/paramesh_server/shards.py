@@ -212,10 +212,10 @@ class Slot:
             self.check_primary()
             if self.replica.reign != reign:  # deposed and promoted again: that record may be another one now
                 raise refuse("NOT_PRIMARY", f"partition {self.number} was deposed meanwhile", partition=self.number)
-            if early and self.replica.early(lsn, time.monotonic()):
-                return
             committed = self.replica.insync.commit >= lsn
             if committed and not (kept and len(self.replica.insync.isr) < self.min_isr):
+                return
+            if early and self.replica.early(lsn, time.monotonic()):  # last: it counts the bytes that are missing
                 return
             if time.monotonic() >= deadline:
                 if committed:

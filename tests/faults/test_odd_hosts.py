@@ -20,7 +20,7 @@ from tests.cluster.processes import ProcessCluster
 
 TALLY = "tests.cluster.bodies:tally"
 TORN = "tests.cluster.replica_bodies:torn"
-DEATHS = ("dead", "promoted", "evicted")
+DEATHS = ("dead", "promoted", "evicted", "stalled")
 
 
 def taken_for_deaths(cluster) -> list[str]:
