@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--mib", type=float, default=256.0, help="size of the model's values")
     grow.add_argument("--partitions", type=int, default=16)
     grow.add_argument("--replicas", default="1,2", help="such as 1,2")
+    grow.add_argument("--copy-rates", default="0,64", help="MiB/s of ps-server --copy-rate, 0: as fast as it goes")
     commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
     commands.add_parser("limits", parents=[common], help="the machine's limits only")
     return parser
@@ -83,7 +84,8 @@ def _grow(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import grow
 
     replicas = [int(count) for count in arguments.replicas.split(",")]
-    return grow.run(arguments.mib, arguments.partitions, replicas)
+    rates = [int(rate) for rate in arguments.copy_rates.split(",")]
+    return grow.run(arguments.mib, arguments.partitions, replicas, rates)
 
 
 def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A server added to those that train: how soon it has its share, and what training notices of it.
 
-    python -m benchmarks grow --mib 256 --json
+    python -m benchmarks grow --mib 256 --copy-rates 0,64 --json
 
 Real processes: two servers, two workers that train in step over a model of `--mib` MiB with
 momentum, so twice that can move. A third server is started, and nothing else is said. Measured
@@ -36,6 +36,8 @@ class Row:
     """One number of replicas."""
 
     replicas: int
+    copy_mib_s: int
+    """Of `ps-server --copy-rate`; 0: as fast as it goes."""
     model_mib: float
     partitions: int
     even_after_s: float
@@ -47,20 +49,24 @@ class Row:
     step_p50_ms: float
     """While it gets its share."""
     step_max_ms: float
+    longer_by_ms: float
+    """The longest step meanwhile beyond the longest of before: what training notices."""
     failed: int
     """Workers that ended in an error."""
     right: bool
     """Every worker's every element counts the steps."""
 
 
-def run(mib: float, partitions: int, replicas: list[int]) -> dict[str, Any]:
-    """Measure with each number of replicas."""
-    return {"servers": SERVERS, "workers": WORKERS, "rows": [asdict(_measure(mib, partitions, r)) for r in replicas]}
+def run(mib: float, partitions: int, replicas: list[int], rates: list[int]) -> dict[str, Any]:
+    """Measure with each number of replicas at each rate, in MiB/s."""
+    rows = [asdict(_measure(mib, partitions, count, rate)) for count in replicas for rate in rates]
+    return {"servers": SERVERS, "workers": WORKERS, "rows": rows}
 
 
-def _measure(mib: float, partitions: int, replicas: int) -> Row:
+def _measure(mib: float, partitions: int, replicas: int, rate: int) -> Row:
     elements = int(mib * (1 << 20) / partitions) // 4 // 64 * 64
-    with ProcessCluster(servers=SERVERS, replicas=replicas, start_workers=WORKERS) as cluster:
+    flags = ["--copy-rate", str(rate << 20)]
+    with ProcessCluster(servers=SERVERS, replicas=replicas, start_workers=WORKERS, server_flags=flags) as cluster:
         stop = cluster.directory / "stop"
         plan = json.dumps({"load": "sync", "partitions": partitions, "elements": elements, "momentum": 1.0})
         outs = [cluster.directory / f"grow-{index}.jsonl" for index in range(WORKERS)]
@@ -78,9 +84,10 @@ def _measure(mib: float, partitions: int, replicas: int) -> Row:
         lines = [[json.loads(line) for line in out.read_text().splitlines()] for out in outs]
         failed = sum(worker.exit_code != 0 for worker in workers)
     ends = [line for mine in lines for line in mine if "pushes" in line]
+    before, meanwhile = _steps(lines, calm, started), _steps(lines, came, even)
     return Row(
-        replicas, mib, partitions, round(even - came, 2), moved, *_steps(lines, calm, started),
-        *_steps(lines, came, even), failed, not failed and all(line["right"] for line in ends),
+        replicas, rate, mib, partitions, round(even - came, 2), moved, *before, *meanwhile,
+        round(meanwhile[1] - before[1], 1), failed, not failed and all(line["right"] for line in ends),
     )  # fmt: skip
 
 

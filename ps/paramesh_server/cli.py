@@ -32,7 +32,7 @@ HIDDEN = frozenset({"name_patience", "heartbeat"})
 GROUPS = {
     "cluster": ("coordinator", "job", "name", "replace"),
     "addresses": ("bind", "control_bind", "advertise", "insecure"),
-    "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes"),
+    "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes", "copy_rate"),
     "ending": ("drain_timeout",),
     "observation": ("metrics_port", "reflection"),
 }
@@ -41,7 +41,7 @@ GROUPS = {
 METAVARS = {
     "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
     "advertise": "HOST", "drain_timeout": "SECONDS", "staged_bytes": "BYTES",
-    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES",
+    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "copy_rate": "BYTES/S",
     "metrics_port": "PORT",
 }  # fmt: skip
 

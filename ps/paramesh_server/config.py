@@ -18,6 +18,9 @@ from paramesh_server.process import memory_bytes
 
 __all__ = ["ServerConfig", "parse_address"]
 
+MIN_COPY_RATE = 4 << 20
+"""Twice what the coordinator grants each of two copies at a time before it gives a learner's place away."""
+
 HEARTBEATS = ("process", "loop", "none")
 
 
@@ -68,6 +71,10 @@ class ServerConfig:
     capacity_bytes: int = 0
     """How many bytes of values the coordinator may place here. 0: no bound."""
 
+    copy_rate: int = 64 << 20
+    """Bytes per second at which partitions are copied from here to other servers, for moves and new replicas.
+    0: as fast as it goes, which training notices."""
+
     drain_timeout: float = 25.0
     """Seconds that SIGTERM leaves this server to give its partitions to others before it ends. 0: it ends
     at once. Below the 30 s after which Kubernetes kills."""
@@ -111,6 +118,10 @@ class ServerConfig:
                 raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
         if self.capacity_bytes < 0:
             raise _wrong("capacity_bytes", f"is {self.capacity_bytes}, and must not be negative")
+        if 0 != self.copy_rate < MIN_COPY_RATE:
+            raise _wrong(
+                "copy_rate", f"is {self.copy_rate}, and must be 0 or at least {MIN_COPY_RATE}: training would outrun it"
+            )
         if not 0 <= self.metrics_port <= 65535:
             raise _wrong("metrics_port", f"is {self.metrics_port}, and must be within 0 and 65535")
         if self.heartbeat not in HEARTBEATS:

@@ -1,6 +1,6 @@
 """A primary's side of replication: one stream to each follower of each partition.
 
-    outbound = Outbound(job, generation, me, pool, routes)
+    outbound = Outbound(job, generation, me, routes, pace)
     outbound.sync(slot)             # after every change of role, map or followers
     await outbound.close()
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.insync import Ref
 from paramesh_server.log import Log, Position, Record
+from paramesh_server.pace import Pace
 from paramesh_server.partition import Partition
 from paramesh_server.replica import Role
 from paramesh_server.shards import Slot
@@ -41,7 +42,7 @@ GREETING_S = 3.0
 """Seconds for the answer to a greeting: the follower may still be making the replica."""
 
 INSTALL_S = 60.0
-"""Seconds for a snapshot of one partition, 100 MB at most, to arrive and be installed."""
+"""Seconds for a snapshot of one partition, 100 MB at most, to arrive and be installed, beside what spacing adds."""
 
 IDLE_S = 10.0
 """Seconds after which an idle sender looks again whether it is still wanted."""
@@ -55,11 +56,15 @@ class Outbound:
         generation: this job's generation now.
         me: this process.
         routes: the newest map.
+        pace: of snapshots.
     """
 
-    def __init__(self, job: str, generation: Callable[[], int], me: Ref, routes: Callable[[], Routes | None]) -> None:
+    def __init__(
+        self, job: str, generation: Callable[[], int], me: Ref, routes: Callable[[], Routes | None], pace: Pace
+    ) -> None:
         self.me = me
         self.routes = routes
+        self.pace = pace
         self._job = job
         self._generation = generation
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -297,18 +302,22 @@ class _Stream:
 
     async def _install(self, channel: Any) -> None:
         """Ship one atomic cut; the stream that follows goes on from it."""
+        async with self._out.pace.turn():
+            await self._ship(channel)
+        self.installed = True
+
+    async def _ship(self, channel: Any) -> None:
         slot = self._slot
         slot.replica.pins[self._ref] = 0  # keep everything from here on, before the cut is made
         lsn, messages = await slot.lead(self._cut)
         slot.replica.pins[self._ref] = lsn
-        log.info(
-            "snapshot partition=%d to=%s lsn=%d bytes=%d", slot.number, self._ref.node, lsn, sum(map(len, messages))
-        )
+        nbytes = sum(map(len, messages))
+        log.info("snapshot partition=%d to=%s lsn=%d bytes=%d", slot.number, self._ref.node, lsn, nbytes)
         install = channel.stream_unary(
             SERVICE + "Install", request_serializer=bytes, response_deserializer=rp.InstallResponse.FromString
         )
-        await install(_each(messages), timeout=INSTALL_S)
-        self.installed = True
+        pace = self._out.pace
+        await install(pace.spaced(messages), timeout=INSTALL_S + pace.seconds(nbytes))
 
     def _cut(self) -> tuple[int, list[bytes]]:
         machine = self._slot.replica.machine
@@ -324,11 +333,6 @@ class _Stream:
                     head.frame.CopyFrom(_frame(piece, part.offset + at, last=False))
                     messages.append(encode(head, (piece,)))
         return machine.log.lsn, messages
-
-
-async def _each(messages: Sequence[bytes]) -> AsyncIterator[bytes]:
-    for message in messages:
-        yield message
 
 
 def _pieces(record: Record) -> Iterator[tuple[int, memoryview]]:

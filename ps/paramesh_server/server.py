@@ -44,6 +44,7 @@ from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.marks import Marks
 from paramesh_server.metrics import serve_metrics
 from paramesh_server.outbound import Outbound
+from paramesh_server.pace import Pace
 from paramesh_server.placement import LEDGER, Placement
 from paramesh_server.process import fingerprint, host_id, rss_bytes
 from paramesh_server.reads import Reads
@@ -128,7 +129,9 @@ class ParameterServer:
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
         self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced)
         ref = Ref.of(me)
-        self._outbound = Outbound(config.job, self._generation, ref, lambda: self._shards.routes)
+        self._outbound = Outbound(
+            config.job, self._generation, ref, lambda: self._shards.routes, Pace(config.copy_rate)
+        )
         self._placement = Placement(
             me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
         )

@@ -158,9 +158,12 @@ class ProcessCluster(ClusterHandle):
         replicas: int = 1,
         *,
         fails: bool = False,
+        server_flags: Sequence[str] = (),
         **job_config: Any,
     ) -> None:
         super().__init__(servers, directory, replicas, **job_config)
+        self.server_flags = tuple(server_flags)
+        """More flags of every ps-server."""
         self.fails = fails
         """Whether processes look at `paramesh.failpoints`; that costs each write a thread's turn."""
         self._own_directory = directory is None
@@ -226,7 +229,7 @@ class ProcessCluster(ClusterHandle):
 
     def _server_command(self, index: int) -> list[str]:
         return [sys.executable, "-m", "paramesh_server.cli", "--coordinator", self.coordinator_address,
-                "--name", f"server-{index}", "--bind", "127.0.0.1:0"]  # fmt: skip
+                "--name", f"server-{index}", "--bind", "127.0.0.1:0", *self.server_flags]  # fmt: skip
 
     def _launch(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
         own = {failpoints.VARIABLE: f"@{self._places(name)}"} if self.fails else {}

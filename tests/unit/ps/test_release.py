@@ -14,6 +14,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.outbound import Outbound
+from paramesh_server.pace import Pace
 from paramesh_server.reads import Reads
 from paramesh_server.replica import Role
 from paramesh_server.servicer import DataPlane
@@ -182,7 +183,7 @@ def test_a_follower_that_cannot_be_reached_keeps_no_records_here() -> None:
         world = World()
         replica = world.held.replica
         replica.pins[OTHER] = 0  # a snapshot that was begun for it
-        out = Outbound("job", lambda: 1, ME, lambda: None)
+        out = Outbound("job", lambda: 1, ME, lambda: None, Pace())
         out.sync(world.held)
         await world.held.stirred(5.0)
         assert not replica.pins

@@ -31,6 +31,8 @@ AT = "127.0.0.1:7070"
         ("staged_bytes", {"staged_bytes": 0}),
         ("in_flight_bytes", {"in_flight_bytes": -1}),
         ("capacity_bytes", {"capacity_bytes": -1}),
+        ("copy_rate", {"copy_rate": 1}),
+        ("copy_rate", {"copy_rate": -1}),
         ("metrics_port", {"metrics_port": 70000}),
         ("heartbeat", {"heartbeat": "thread"}),
         ("name_patience", {"name_patience": -1.0}),
@@ -66,8 +68,8 @@ def test_the_flags_are_frozen() -> None:
     flags = {word for word in shown.replace("│", " ").split() if word.startswith("--")}
     assert flags >= {
         "--coordinator", "--job", "--name", "--bind", "--control-bind", "--advertise", "--threads", "--staged-bytes",
-        "--in-flight-bytes", "--capacity-bytes", "--metrics-port", "--replace", "--reflection", "--insecure",
-        "--log-level", "--version",
+        "--in-flight-bytes", "--capacity-bytes", "--copy-rate", "--metrics-port", "--replace", "--reflection",
+        "--insecure", "--log-level", "--version",
     }  # fmt: skip
     assert "--heartbeat" not in flags
     assert "ps-server --coordinator 127.0.0.1:7070" in shown
