@@ -1,6 +1,6 @@
 """What workers do while servers are lost: training with known bits, and pushes that are counted.
 
-`train` has four tables on as many partitions and ends in the same bits however often a server
+`digits` is the example. `train` has four tables on as many partitions and ends in the same bits however often a server
 is replaced. `push` gives one unit to one cell per push, so that the tables *are* the multiset
 of applied pushes: one that is lost or applied twice shows as a count.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import runpy
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import paramesh
@@ -79,6 +81,33 @@ def train(desk: Desk) -> None:
         if steps == args.get("stop_after") or ("stop_at" in args and agreed(desk.is_open(args["stop_at"]))):
             break
     desk.emit("final", steps=steps, digest=digest(model))
+
+
+def digits(desk: Desk) -> None:
+    """Train `examples/digits.py`, by its own functions, for longer; its bits follow from the number of workers.
+
+    Args on the desk: epochs, seconds (0; of computing per step, beside the real one).
+    """
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "digits.py"), run_name="digits")
+    torch.manual_seed(0)
+    images, labels, test_images, test_labels = example["load_data"](0)
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    loader = paramesh.DataLoader(dataset, batch_size=32, shuffle=True, seed=0)
+    model = example["make_model"]()
+    optimizer = paramesh.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=2e-3), model)
+    steps = 0
+
+    def made(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        desk.emit("step", step=steps)
+        time.sleep(desk.args.get("seconds", 0.0))  # stands for computing
+
+    optimizer.register_step_post_hook(made)
+    for _ in range(desk.args["epochs"]):
+        example["train_epoch"](model, loader, optimizer)
+    reached = example["accuracy"](model, test_images, test_labels)
+    desk.emit("final", steps=steps, digest=digest(model), accuracy=reached)
 
 
 def agreed(opinion: bool) -> bool:

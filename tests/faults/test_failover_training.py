@@ -243,3 +243,30 @@ def test_random_servers_killed_and_restarted_change_no_bit(process_cluster, seco
     print(f"seed={seed} kills={kills} longest_step_s={longest_step(workers, began):.3f}")
     assert kills >= seconds // 15
     assert_as_undisturbed(cluster, workers, epochs, deadline=600)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_digits_under_random_kills_ends_in_the_bits_of_a_calm_run(process_cluster):
+    """Show 3 with the example itself: two minutes, a random server of three dies every three seconds."""
+    epochs, digits = 110, "tests.cluster.replica_bodies:digits"
+    calm = process_cluster(servers=1, start_workers=2)
+    workers = calm.start_workers(2, digits, epochs=epochs)
+    calm.wait_until(lambda: all(w.events("final") for w in workers), 400, "the calm run")
+    (expected,) = {w.last("final")["digest"] for w in workers}
+    calm.stop()
+    cluster = process_cluster(servers=3, replicas=2, start_workers=2)
+    workers = cluster.start_workers(2, digits, epochs=epochs, seconds=0.03)
+    cluster.wait_until(lambda: all(len(w.events("step")) >= 3 for w in workers), 90, "training")
+    began, seed = time.monotonic(), random.SystemRandom().randrange(1 << 30)
+    kills = kill_at_random(cluster, workers, began + 120.0, 3.0, seed)
+    lasted = time.monotonic() - began
+    cluster.wait_until(lambda: all(w.events("final") for w in workers), 400, "the workers to finish")
+    final = [w.last("final") for w in workers]
+    print(
+        f"seed={seed} kills={kills} in_s={lasted:.0f} steps={final[0]['steps']} "
+        f"longest_step_s={longest_step(workers, began):.3f} accuracy={final[0]['accuracy']:.2%}"
+    )
+    assert kills >= 8
+    assert {one["digest"] for one in final} == {expected}
+    assert [len(w.events("hello")) for w in workers] == [1, 1], "a worker was restarted"
