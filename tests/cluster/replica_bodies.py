@@ -227,6 +227,32 @@ async def _push_all(desk: Desk, pushers: Mapping[int, _Pusher]) -> None:
     await asyncio.gather(*tasks)
 
 
+def read(desk: Desk) -> None:
+    """Read some partitions over and over, several reads at a time, until "stop".
+
+    Args on the desk: partitions (their numbers), at_a_time 8 (reads).
+
+    Emits: "running" after the first read; "read" at the end (count: of partitions that were read).
+    """
+    with paramesh.connect(os.environ["PARAMESH_COORDINATOR"]) as tool:
+        IoThread.get().run(_read_all(desk, tool), 600, "the reads")
+
+
+async def _read_all(desk: Desk, tool: Client) -> None:
+    partitions, count = desk.args["partitions"], 0
+
+    async def one() -> None:
+        nonlocal count
+        while not desk.is_open("stop"):
+            await tool._client.pull(partitions, lambda *_: None)
+            count += len(partitions)
+
+    await tool._client.pull(partitions, lambda *_: None)
+    desk.emit("running")
+    await asyncio.gather(*(one() for _ in range(desk.args.get("at_a_time", 8))))
+    desk.emit("read", count=count)
+
+
 class _Pusher:
     """Pushes to one partition and reads it."""
 
