@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paramesh.errors import refuse
+from paramesh.identity import Identity
 from paramesh.routing import check_name
 
 from paramesh_coordinator import operators
@@ -64,6 +65,17 @@ class ClientHello:
     host_incarnation: int
     host_id: str
     role: str
+
+
+def next_client(draft: Draft, owner: Identity | None) -> int:
+    """Take a client id. With an owner it ends with his mark, so that servers know whose it is by itself.
+
+    Ids of both kinds come from one counter and only rise: those of before a restore are below those after it.
+    """
+    free = draft.job.next_client
+    number = free if owner is None else owner.next_id(free)
+    draft.change_job(next_client=number + 1)
+    return number
 
 
 def check_incarnation(incarnation: int, what: str) -> None:
@@ -285,8 +297,13 @@ def host_left(draft: Draft, ref: Ref) -> None:
 # --- clients ---------------------------------------------------------------------------
 
 
-def register_client(draft: Draft, hello: ClientHello) -> int:
+def register_client(draft: Draft, hello: ClientHello, owner: Identity | None = None) -> int:
     """Give a client its id; the same one if it repeats itself.
+
+    Args:
+        draft: the decision.
+        hello: what it says.
+        owner: who it has proved to be.
 
     Returns:
         The client id.
@@ -301,6 +318,8 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
     check_incarnation(hello.incarnation, f"client of slot {hello.slot!r}")
     known = [c for c in draft.rows(ClientRow) if (c.slot, c.incarnation) == (hello.slot, hello.incarnation)]
     if known:
+        if owner is not None and not owner.owns(known[-1].client_id):
+            raise refuse("PERMISSION_DENIED", f"slot {hello.slot!r} and incarnation are not {owner.name!r}'s")
         if known[-1].state is not ClientState.LIVE:
             raise refuse("EVICTED", f"client {known[-1].client_id} is over ({known[-1].reason}); register anew")
         _watch_if_alone(draft, known[-1])
@@ -312,7 +331,7 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
                 "UNKNOWN_NODE", f"supervisor {hello.host!r} of slot {hello.slot!r} is not registered", host=hello.host
             )
         _evict_older_of_slot(draft, hello)
-    row = ClientRow(draft.count("next_client"), **dataclasses.asdict(hello))
+    row = ClientRow(next_client(draft, owner), **dataclasses.asdict(hello))
     draft.put(row)
     draft.audit("client_registered", row.slot, client_id=row.client_id, role=row.role, host=row.host)
     _watch_if_alone(draft, row)

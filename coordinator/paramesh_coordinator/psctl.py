@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Annotated, Any
 
 import typer
 from paramesh.command_help import PlainCommand, PlainGroup, version_option
-from paramesh.errors import ParameshError
+from paramesh.errors import ConfigError, ParameshError
+from paramesh.security import PLAIN, VARIABLES, Security
 from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
@@ -33,8 +35,9 @@ from paramesh_coordinator.display import (
     make_console,
 )
 from paramesh_coordinator.following import Moves
-from paramesh_coordinator.inspection import promote, read_events, read_partitions, read_status, read_tables
+from paramesh_coordinator.inspection import Coordinators, promote, read_events, read_partitions, read_status, read_tables
 from paramesh_coordinator.psctl_meta import meta
+from paramesh_coordinator.psctl_security import certs, tokens
 
 __all__ = ["main"]
 
@@ -62,8 +65,14 @@ app = typer.Typer(
 
 COORDINATOR_HELP = "Where the coordinator is; several with commas between."
 JOB_HELP = "Name of the cluster."
-CLUSTER, OUTPUT = "cluster", "output"
+CLUSTER, SECURITY, OUTPUT = "cluster", "security", "output"
 """The groups of --help."""
+
+
+def _file(variable: str, text: str) -> Any:
+    """An option that names a file, of the security settings."""
+    return typer.Option(envvar=variable, help=text, metavar="FILE", show_default=False, rich_help_panel=SECURITY)
+
 
 Coordinator = Annotated[str | None, typer.Option(help=COORDINATOR_HELP, metavar="HOST:PORT", rich_help_panel=CLUSTER)]
 Job = Annotated[str | None, typer.Option(help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)]
@@ -93,19 +102,31 @@ class Target:
 
     coordinator: str
     job: str
+    security: Security = PLAIN
+
+    @property
+    def coordinators(self) -> Coordinators:
+        """Their addresses, and how to talk to them; a mistake in either ends psctl with status 2."""
+        try:
+            self.security.check(job=self.job)
+        except ConfigError as error:
+            key = error.metadata["key"]
+            typer.echo(f"psctl: {str(error).replace(f'{key}:', f'--{key}:'.replace('_', '-'), 1)}", err=True)
+            raise typer.Exit(2) from None
+        return Coordinators(tuple(_addresses(self.coordinator)), self.security)
 
     def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
         """Ask with one of `inspection`'s functions."""
-        return read(_addresses(self.coordinator), self.job, *more)
+        return read(self.coordinators, self.job, *more)
 
     def moves(self, wait: bool, as_json: bool) -> Moves:
         """Shows moves until they are over."""
-        return Moves(_addresses(self.coordinator), self.job, wait, as_json)
+        return Moves(self.coordinators, self.job, wait, as_json)
 
 
 def _target(context: typer.Context, coordinator: str | None, job: str | None) -> Target:
     given: Target = context.obj
-    target = Target(coordinator or given.coordinator, job or given.job)
+    target = Target(coordinator or given.coordinator, job or given.job, given.security)
     _addresses(target.coordinator)
     return target
 
@@ -122,6 +143,12 @@ def describe(
     job: Annotated[
         str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)
     ] = "default",
+    tls_cert: Annotated[str, _file("PARAMESH_TLS_CERT", "PEM file of the certificate that says who asks.")] = "",
+    tls_key: Annotated[str, _file("PARAMESH_TLS_KEY", "PEM file of its key, mode 0600.")] = "",
+    tls_ca: Annotated[str, _file("PARAMESH_TLS_CA", "PEM file of the CA that the cluster's certificates are of.")] = "",
+    token_file: Annotated[
+        str, _file("PARAMESH_TOKEN_FILE", "File with a token, mode 0600, where the cluster takes tokens.")
+    ] = "",
     version: Annotated[bool, version_option("psctl")] = False,
 ) -> None:
     """Look at a running Paramesh cluster, and move its partitions.
@@ -129,7 +156,9 @@ def describe(
     Only move, rebalance, drain, undrain and promote change anything. --coordinator and --job may stand before or
     after the command.
     """
-    context.obj = Target(coordinator, job)
+    token = os.environ.get(VARIABLES["token"], "").strip()
+    security = Security(tls_cert, tls_key, tls_ca, token, token_file)
+    context.obj = Target(coordinator, job, security)
 
 
 @app.command(cls=PlainCommand)
@@ -404,6 +433,8 @@ psctl_checkpoints.register(app, _target, _run)
 
 
 app.add_typer(meta, name="meta")
+app.add_typer(certs, name="certs")
+app.add_typer(tokens, name="tokens")
 
 
 def main() -> None:

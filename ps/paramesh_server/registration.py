@@ -93,6 +93,7 @@ class Registration:
             self._request.incarnation,
             (answer.heartbeat_interval_ms or 500) / 1000,
             (answer.failure_timeout_ms or 2000) / 1000,
+            self._config.security,
         )
         self._heartbeat = start_heartbeat(self._config.heartbeat, identity, self._figures, self._unknown)
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from paramesh.errors import ConfigError
+from paramesh.identity import Identity, Role
+from paramesh.security import VARIABLES, Security
 
 from .command import Command, split
 
@@ -91,6 +93,35 @@ class WorkerConfig:
         kind=str,
         group="cluster",
     )
+    tls_cert: str = option(
+        "",
+        "PEM file of this machine's certificate, for a cluster that encrypts; its processes use it too",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TLS_CERT",
+        group="security",
+    )
+    tls_key: str = option(
+        "", "PEM file of its key, mode 0600", metavar="FILE", kind=str, env="PARAMESH_TLS_KEY", group="security"
+    )
+    tls_ca: str = option(
+        "",
+        "PEM file of the CA that the cluster's certificates are of",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TLS_CA",
+        group="security",
+    )
+    token_file: str = option(
+        "",
+        "file with a token, mode 0600, for a cluster that takes tokens; or the token itself in PARAMESH_TOKEN",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TOKEN_FILE",
+        group="security",
+    )
+    token: str = ""
+    """The token of PARAMESH_TOKEN; no flag, which every user of the machine could read."""
     log_dir: str = option(
         "",
         "write the output of process i to DIR/worker-i.log instead of the console, where its lines start with"
@@ -136,10 +167,33 @@ class WorkerConfig:
         _name("--job", self.job)
         if self.tee and not self.log_dir:
             raise ConfigError("argument --tee: needs --log-dir")
+        who = self._checked_security()
         if self.name:
             _name("--name", self.name)
+            if who is not None and not who.covers(self.name):
+                raise ConfigError(
+                    f"argument --name: {self.name!r} is not {who.name!r}, whose certificate or token this is, nor"
+                    " under it"
+                )
             return self
-        return dataclasses.replace(self, name=re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname())[:200] or "host")
+        name = re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname())[:200] or "host"
+        return dataclasses.replace(self, name=name if who is None or who.covers(name) else who.name)
+
+    @property
+    def security(self) -> Security:
+        """Of the channels to the cluster, here and in the training processes."""
+        return Security(self.tls_cert, self.tls_key, self.tls_ca, self.token, self.token_file)
+
+    def _checked_security(self) -> Identity | None:
+        try:
+            who = self.security.check(Role.WORKER, self.job)
+            for address in self.coordinator.split(","):
+                self.security.check_dial(address)
+        except ConfigError as error:
+            key = error.metadata["key"]
+            flag = "--" + key.replace("_", "-")
+            raise ConfigError(f"argument {str(error).replace(f'{key}:', f'{flag}:', 1)}") from None
+        return who
 
 
 @dataclass(frozen=True)
@@ -269,7 +323,7 @@ Config = TypeVar("Config", WorkerConfig, RunConfig)
 
 def flags(config: type[WorkerConfig] | type[RunConfig]) -> dict[str, bool]:
     """The command line flags of a configuration, each with whether it takes a value."""
-    own = {_flag(each.name): bool(each.metadata["metavar"]) for each in dataclasses.fields(config)}
+    own = {_flag(each.name): bool(each.metadata["metavar"]) for each in _options(config)}
     return {**own, "-h": False, "--help": False, "--version": False}
 
 
@@ -299,7 +353,7 @@ def parse(
         "--version", action="version", version=f"%(prog)s {_version()}", help="show the version and exit"
     )
     groups: dict[str, argparse._ActionsContainer] = {"options": parser}
-    for each in dataclasses.fields(config):
+    for each in _options(config):
         group = each.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
@@ -310,10 +364,20 @@ def parse(
         if command is None:
             raise ConfigError("argument SCRIPT: say what to run: a Python file, or -m MODULE")
         command.check()
-        return config(**vars(values)).checked(), command
+        return config(**vars(values), **_secrets(config, environ)).checked(), command
     except ConfigError as error:
         parser.print_usage(sys.stderr)
         parser.exit(2, f"{prog}: error: {error}\n")
+
+
+def _options(config: type[WorkerConfig] | type[RunConfig]) -> list[dataclasses.Field[Any]]:
+    """The fields that are flags."""
+    return [each for each in dataclasses.fields(config) if each.metadata]
+
+
+def _secrets(config: type[WorkerConfig] | type[RunConfig], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What is read from the environment only."""
+    return {"token": environ.get(VARIABLES["token"], "").strip()} if config is WorkerConfig else {}
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter):
