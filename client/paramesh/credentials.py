@@ -116,9 +116,7 @@ class Followed:
         return grpc.ssl_channel_credentials(ca, key or None, cert or None)
 
 
-def server_credentials(
-    security: Security, on_handshake: Callable[[], None] = lambda: None
-) -> grpc.ServerCredentials:
+def server_credentials(security: Security, on_handshake: Callable[[], None] = lambda: None) -> grpc.ServerCredentials:
     """Credentials of a port; every handshake uses the files of now.
 
     Args:

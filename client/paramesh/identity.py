@@ -1,8 +1,8 @@
 """Who a process is: job, role and name, as a certificate or a token says it. Pure.
 
-    who = Identity.from_uri("spiffe://paramesh/run-7/worker/host-a")
-    who.covers("host-a/0")          # True: a name under its own
-    who.owns(client_id)             # whether the coordinator gave it this client id
+who = Identity.from_uri("spiffe://paramesh/run-7/worker/host-a")
+who.covers("host-a/0")          # True: a name under its own
+who.owns(client_id)             # whether the coordinator gave it this client id
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Security:
         Raises:
             ConfigError: one cannot be read, or others may read the key.
         """
-        read = {name: b"" for name in _KEYS}
+        read = dict.fromkeys(_KEYS, b"")
         for name, key in _KEYS.items():
             path = getattr(self, name)
             if path:

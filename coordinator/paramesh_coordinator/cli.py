@@ -179,8 +179,11 @@ def run(
     ] = DEFAULT.restore,
     tls_cert: Annotated[
         str,
-        _file("tls_cert", "PEM file of this coordinator's certificate. Certificate, key and CA encrypt every "
-              "connection; a changed file is taken up by itself."),
+        _file(
+            "tls_cert",
+            "PEM file of this coordinator's certificate. Certificate, key and CA encrypt every "
+            "connection; a changed file is taken up by itself.",
+        ),
     ] = "",
     tls_key: Annotated[str, _file("tls_key", "PEM file of its key, mode 0600.")] = "",
     tls_ca: Annotated[

@@ -86,7 +86,9 @@ async def ask_coordinator(
             async with aio_channel(address, coordinators.security) as channel:
                 try:
                     call = getattr(service(channel), method)
-                    return await call(request, timeout=seconds / len(coordinators.addresses), wait_for_ready=False), address
+                    return await call(
+                        request, timeout=seconds / len(coordinators.addresses), wait_for_ready=False
+                    ), address
                 except grpc.RpcError as exc:
                     failures.append(from_rpc_error(exc, address))
             leader = failures[-1].metadata.get("leader", "")

@@ -35,7 +35,14 @@ from paramesh_coordinator.display import (
     make_console,
 )
 from paramesh_coordinator.following import Moves
-from paramesh_coordinator.inspection import Coordinators, promote, read_events, read_partitions, read_status, read_tables
+from paramesh_coordinator.inspection import (
+    Coordinators,
+    promote,
+    read_events,
+    read_partitions,
+    read_status,
+    read_tables,
+)
 from paramesh_coordinator.psctl_meta import meta
 from paramesh_coordinator.psctl_security import certs, tokens
 

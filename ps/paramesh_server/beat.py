@@ -301,7 +301,13 @@ def main() -> None:
         parser.add_argument(f"--{flag}", type=float, required=True)
     flags = parser.parse_args()
     identity = Identity(
-        flags.coordinators, flags.job, flags.generation, flags.name, flags.incarnation, flags.interval, flags.timeout,
+        flags.coordinators,
+        flags.job,
+        flags.generation,
+        flags.name,
+        flags.incarnation,
+        flags.interval,
+        flags.timeout,
         _security(flags),
     )
     try:

@@ -346,4 +346,3 @@ def _port_taken(key: str, address: str, why: str) -> ConfigError:
         f"{key}: {address} cannot be listened on: {why}; is another process there? (ss -ltnp shows it)",
         metadata={"key": key},
     )
-
