@@ -216,8 +216,8 @@ class Security:
             raise _wrong(
                 key,
                 f"{bind!r} can be reached from other machines and traffic is not encrypted; give --tls-cert, --tls-key "
-                "and --tls-ca (psctl certs makes them), bind to 127.0.0.1, or pass --insecure inside a network that you "
-                "trust",
+                "and --tls-ca (psctl certs makes them), bind to 127.0.0.1, or pass --insecure inside a network that "
+                "you trust",
             )
 
 

@@ -69,7 +69,7 @@ def init(
     folder: Folder,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long the CA is valid.", metavar="DAYS")] = 365,
 ) -> None:
-    """Make a CA: DIR/ca.pem, which every process is given, and DIR/ca.key, which stays where certificates are issued."""
+    """Make a CA: DIR/ca.pem, which every process is given, and DIR/ca.key, which signs."""
     from paramesh.certificates import make_authority
 
     with _mistakes():

@@ -102,7 +102,8 @@ def _parameters() -> list[inspect.Parameter]:
         flag = "--" + field.name.replace("_", "-")
         option = typer.Option(
             flag, help=docs[field.name], hidden=field.name in HIDDEN, show_default=_shown(field),
-            metavar=METAVARS.get(field.name), envvar=FROM_ENVIRONMENT.get(field.name), rich_help_panel=group.get(field.name),
+            metavar=METAVARS.get(field.name), envvar=FROM_ENVIRONMENT.get(field.name),
+            rich_help_panel=group.get(field.name),
         )  # fmt: skip
         default: Any = field.default
         if default is dataclasses.MISSING:
