@@ -87,9 +87,7 @@ def run(plan: Plan, runs: int = 1) -> dict[str, Any]:
             limits.append(measure())
             between = limits[-2].median_with([limits[-1]])
             passes[key].append([_row(name, one, results, between) for name in plan.sizes])
-    rows = {
-        key: [_median_row([p[i] for p in done]) for i in range(len(plan.sizes))] for key, done in passes.items()
-    }
+    rows = {key: [_median_row([p[i] for p in done]) for i in range(len(plan.sizes))] for key, done in passes.items()}
     compared = [
         replace(
             row,

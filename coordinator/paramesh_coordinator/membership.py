@@ -19,6 +19,7 @@ from paramesh.routing import check_name
 from paramesh_coordinator import operators
 from paramesh_coordinator.catalog import form_ledger
 from paramesh_coordinator.checkers import Silent
+from paramesh_coordinator.client_ids import next_client
 from paramesh_coordinator.failover import Settled, forget, settle, tell_offline
 from paramesh_coordinator.rows import (
     ClientRow,
@@ -65,17 +66,6 @@ class ClientHello:
     host_incarnation: int
     host_id: str
     role: str
-
-
-def next_client(draft: Draft, owner: Identity | None) -> int:
-    """Take a client id. With an owner it ends with his mark, so that servers know whose it is by itself.
-
-    Ids of both kinds come from one counter and only rise: those of before a restore are below those after it.
-    """
-    free = draft.job.next_client
-    number = free if owner is None else owner.next_id(free)
-    draft.change_job(next_client=number + 1)
-    return number
 
 
 def check_incarnation(incarnation: int, what: str) -> None:

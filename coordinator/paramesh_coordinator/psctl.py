@@ -12,13 +12,12 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from paramesh.command_help import PlainCommand, PlainGroup, version_option
-from paramesh.errors import ConfigError, ParameshError
-from paramesh.security import PLAIN, VARIABLES, Security
+from paramesh.errors import ParameshError
+from paramesh.security import VARIABLES, Security
 from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
@@ -34,9 +33,7 @@ from paramesh_coordinator.display import (
     draw_workers,
     make_console,
 )
-from paramesh_coordinator.following import Moves
 from paramesh_coordinator.inspection import (
-    Coordinators,
     promote,
     read_events,
     read_partitions,
@@ -45,6 +42,7 @@ from paramesh_coordinator.inspection import (
 )
 from paramesh_coordinator.psctl_meta import meta
 from paramesh_coordinator.psctl_security import certs, tokens
+from paramesh_coordinator.psctl_target import Target, file_option, target_of
 
 __all__ = ["main"]
 
@@ -72,14 +70,8 @@ app = typer.Typer(
 
 COORDINATOR_HELP = "Where the coordinator is; several with commas between."
 JOB_HELP = "Name of the cluster."
-CLUSTER, SECURITY, OUTPUT = "cluster", "security", "output"
+CLUSTER, OUTPUT = "cluster", "output"
 """The groups of --help."""
-
-
-def _file(variable: str, text: str) -> Any:
-    """An option that names a file, of the security settings."""
-    return typer.Option(envvar=variable, help=text, metavar="FILE", show_default=False, rich_help_panel=SECURITY)
-
 
 Coordinator = Annotated[str | None, typer.Option(help=COORDINATOR_HELP, metavar="HOST:PORT", rich_help_panel=CLUSTER)]
 Job = Annotated[str | None, typer.Option(help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)]
@@ -103,41 +95,6 @@ Wait = Annotated[
 Read = Callable[[], Awaitable[Any]]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Whom to ask: flags before the command, overridden by flags after it."""
-
-    coordinator: str
-    job: str
-    security: Security = PLAIN
-
-    @property
-    def coordinators(self) -> Coordinators:
-        """Their addresses, and how to talk to them; a mistake in either ends psctl with status 2."""
-        try:
-            self.security.check(job=self.job)
-        except ConfigError as error:
-            key = error.metadata["key"]
-            typer.echo(f"psctl: {str(error).replace(f'{key}:', f'--{key}:'.replace('_', '-'), 1)}", err=True)
-            raise typer.Exit(2) from None
-        return Coordinators(tuple(_addresses(self.coordinator)), self.security)
-
-    def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
-        """Ask with one of `inspection`'s functions."""
-        return read(self.coordinators, self.job, *more)
-
-    def moves(self, wait: bool, as_json: bool) -> Moves:
-        """Shows moves until they are over."""
-        return Moves(self.coordinators, self.job, wait, as_json)
-
-
-def _target(context: typer.Context, coordinator: str | None, job: str | None) -> Target:
-    given: Target = context.obj
-    target = Target(coordinator or given.coordinator, job or given.job, given.security)
-    _addresses(target.coordinator)
-    return target
-
-
 @app.callback()
 def describe(
     context: typer.Context,
@@ -150,11 +107,13 @@ def describe(
     job: Annotated[
         str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)
     ] = "default",
-    tls_cert: Annotated[str, _file("PARAMESH_TLS_CERT", "PEM file of the certificate that says who asks.")] = "",
-    tls_key: Annotated[str, _file("PARAMESH_TLS_KEY", "PEM file of its key, mode 0600.")] = "",
-    tls_ca: Annotated[str, _file("PARAMESH_TLS_CA", "PEM file of the CA that the cluster's certificates are of.")] = "",
+    tls_cert: Annotated[str, file_option("PARAMESH_TLS_CERT", "PEM file of the certificate that says who asks.")] = "",
+    tls_key: Annotated[str, file_option("PARAMESH_TLS_KEY", "PEM file of its key, mode 0600.")] = "",
+    tls_ca: Annotated[
+        str, file_option("PARAMESH_TLS_CA", "PEM file of the CA that the cluster's certificates are of.")
+    ] = "",
     token_file: Annotated[
-        str, _file("PARAMESH_TOKEN_FILE", "File with a token, mode 0600, where the cluster takes tokens.")
+        str, file_option("PARAMESH_TOKEN_FILE", "File with a token, mode 0600, where the cluster takes tokens.")
     ] = "",
     version: Annotated[bool, version_option("psctl")] = False,
 ) -> None:
@@ -177,7 +136,7 @@ def status(
     watch: Watch = False,
 ) -> None:
     """Everything on one page: servers, steps, tables, workers, pending operations."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_status), draw_status, as_json, watch)
 
 
@@ -190,7 +149,7 @@ def tables(
     watch: Watch = False,
 ) -> None:
     """Tables: schema, size, optimizer, partitions, and on which servers they are."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_tables), draw_tables, as_json, watch)
 
 
@@ -203,7 +162,7 @@ def partitions(
     watch: Watch = False,
 ) -> None:
     """Partitions: state, primary, who is in sync and who catches up; 0 is the ledger."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_partitions), draw_partitions, as_json, watch)
 
 
@@ -231,7 +190,7 @@ def promote_replica(
             err=True,
         )
         raise typer.Exit(2)
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     body = _once(lambda: target.read(promote, partition, server), lambda row: draw_partitions([row]), as_json)
     _run(body)
 
@@ -245,7 +204,7 @@ def show_moves(
     watch: Watch = False,
 ) -> None:
     """Moves: under way, and the last that were over."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(changing.list_moves), draw_moves, as_json, watch)
 
 
@@ -265,7 +224,7 @@ def move_partition(
     If FROM leads the partition, TO leads it afterwards. If TO has a complete copy already, only
     the lead changes hands. `psctl partitions` shows who holds what.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     moves = where.moves(wait, as_json)
     _run(moves.follow(lambda: where.read(changing.start_move, partition, source, target)))
 
@@ -284,7 +243,7 @@ def rebalance(
     It happens by itself when servers come or go (unless ps-coordinator --no-rebalance). Nothing is moved if no
     server is more than 20 % above or below the mean.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(where.moves(wait and not dry_run, as_json).follow(lambda: where.read(changing.rebalance, dry_run)))
 
 
@@ -302,7 +261,7 @@ def drain(
     It stays alive; stop it with SIGTERM when it is empty, or take it back with undrain. Exit status 1 if
     something stays there because no other server can take it.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(where.moves(wait, as_json).drain(server))
 
 
@@ -315,7 +274,7 @@ def undrain(
     as_json: AsJson = False,
 ) -> None:
     """End the draining of a server: it keeps what it has and gets its share again."""
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(_once(lambda: where.read(changing.drain, server, True), draw_drain, as_json))
 
 
@@ -328,7 +287,7 @@ def workers(
     watch: Watch = False,
 ) -> None:
     """Workers: rank, slot, activity, and why those that are gone went."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
 
     async def read() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (await target.read(read_status))["workers"]
@@ -350,20 +309,7 @@ def events(
     ] = 50,
 ) -> None:
     """What the coordinator decided and on what evidence, newest last; --watch follows."""
-    _run(_follow(_target(context, coordinator, job), as_json, watch, limit))
-
-
-def _addresses(coordinator: str) -> list[str]:
-    addresses = [part.strip() for part in coordinator.split(",") if part.strip()]
-    for address in addresses:
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal() and 1 <= int(port) <= 65535):
-            typer.echo(f"psctl: --coordinator: {address!r} is not host:port, such as 127.0.0.1:7070", err=True)
-            raise typer.Exit(2)
-    if not addresses:
-        typer.echo("psctl: --coordinator: names nobody", err=True)
-        raise typer.Exit(2)
-    return addresses
+    _run(_follow(target_of(context, coordinator, job), as_json, watch, limit))
 
 
 def _run(body: Any) -> None:
@@ -436,7 +382,7 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
             found = []
 
 
-psctl_checkpoints.register(app, _target, _run)
+psctl_checkpoints.register(app, target_of, _run)
 
 
 app.add_typer(meta, name="meta")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 import shutil
@@ -24,15 +23,13 @@ from paramesh.errors import ConfigError
 from paramesh.identity import Identity, Role
 from paramesh.security import VARIABLES, Security
 
+from .checks import check_address, check_at_least, check_name, check_only_with, check_seconds
 from .command import Command, split
 
 __all__ = ["RunConfig", "WorkerConfig", "flags", "parse"]
 
 MAX_REPLICAS = 7
 """As the coordinator's: every push waits for all of them."""
-
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
-"""As names on the wire, without the slash that separates host and index in a slot."""
 
 
 def option(
@@ -154,22 +151,22 @@ class WorkerConfig:
         Raises:
             ConfigError: names the flag that is wrong, and what it may be.
         """
-        _at_least("--nproc", self.nproc, 1)
-        _at_least("--max-restarts", self.max_restarts, 0)
-        _seconds("--grace", self.grace)
+        check_at_least("--nproc", self.nproc, 1)
+        check_at_least("--max-restarts", self.max_restarts, 0)
+        check_seconds("--grace", self.grace)
         if not self.coordinator:
             raise ConfigError(
                 "argument --coordinator: say where the cluster is, HOST:PORT (or set PARAMESH_COORDINATOR);"
                 " to train on this machine alone use `python SCRIPT`, for a cluster on this machine `ps-run`"
             )
         for address in self.coordinator.split(","):
-            _address("--coordinator", address)
-        _name("--job", self.job)
+            check_address("--coordinator", address)
+        check_name("--job", self.job)
         if self.tee and not self.log_dir:
             raise ConfigError("argument --tee: needs --log-dir")
         who = self._checked_security()
         if self.name:
-            _name("--name", self.name)
+            check_name("--name", self.name)
             if who is not None and not who.covers(self.name):
                 raise ConfigError(
                     f"argument --name: {self.name!r} is not {who.name!r}, whose certificate or token this is, nor"
@@ -285,12 +282,12 @@ class RunConfig:
         Raises:
             ConfigError: names the flag that is wrong, and what it may be.
         """
-        _at_least("--servers", self.servers, 1)
-        _at_least("--workers", self.workers, 1)
-        _at_least("--max-restarts", self.max_restarts, 0)
-        _at_least("--replicas", self.replicas, 1)
-        _seconds("--grace", self.grace)
-        _at_least("--checkpoint-keep", self.checkpoint_keep, 1)
+        check_at_least("--servers", self.servers, 1)
+        check_at_least("--workers", self.workers, 1)
+        check_at_least("--max-restarts", self.max_restarts, 0)
+        check_at_least("--replicas", self.replicas, 1)
+        check_seconds("--grace", self.grace)
+        check_at_least("--checkpoint-keep", self.checkpoint_keep, 1)
         if self.checkpoint_every and not re.fullmatch(r"0*[1-9][0-9]{0,8}(s|m|h|steps?)", self.checkpoint_every):
             raise ConfigError(
                 f"argument --checkpoint-every: {self.checkpoint_every!r} is not like 90s, 10m, 2h or 500steps"
@@ -310,11 +307,11 @@ class RunConfig:
                 " their values with them. Name a new file, or leave the flag out"
             )
         if self.staleness is not None:
-            _only_with("--staleness", self.mode, "ssp")
-            _at_least("--staleness", self.staleness, 0)
+            check_only_with("--staleness", self.mode, "ssp")
+            check_at_least("--staleness", self.staleness, 0)
         if self.every is not None:
-            _only_with("--every", self.mode, "local")
-            _at_least("--every", self.every, 1)
+            check_only_with("--every", self.mode, "local")
+            check_at_least("--every", self.every, 1)
         return self
 
 
@@ -417,30 +414,3 @@ def _version() -> str:
         return version("paramesh")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _at_least(flag: str, value: int, bound: int) -> None:
-    if value < bound:
-        raise ConfigError(f"argument {flag}: must be at least {bound}, not {value}")
-
-
-def _seconds(flag: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"argument {flag}: must be a number of seconds, 0 or more, not {value}")
-
-
-def _only_with(flag: str, mode: str | None, wanted: str) -> None:
-    # Without --mode the script chooses, and the setting is a default for it.
-    if mode not in (None, wanted):
-        raise ConfigError(f"argument {flag}: only with --mode {wanted}, not with --mode {mode}")
-
-
-def _name(flag: str, value: str) -> None:
-    if not _NAME.fullmatch(value) or ".." in value:
-        raise ConfigError(f"argument {flag}: {value[:80]!r} must match [A-Za-z0-9_.:-]{{1,200}}, without '..'")
-
-
-def _address(flag: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise ConfigError(f"argument {flag}: {address[:80]!r} is not HOST:PORT with a port from 1 to 65535")
