@@ -33,7 +33,9 @@ CALL_S = 6.0
 ROUND_S = 5.0
 """How long one round of attempts lasts before the wait is mentioned in the log."""
 
-FATAL = frozenset({"NODE_NAME", "ADDRESS", "WRONG_CLUSTER", "VERSION", "INCARNATION", "NAME", "STALE_TERM"})
+FATAL = frozenset(
+    {"NODE_NAME", "ADDRESS", "WRONG_CLUSTER", "VERSION", "INCARNATION", "NAME", "STALE_TERM", "PERMISSION_DENIED"}
+)
 """Refusals that no waiting cures, beyond `name_patience` for the first two."""
 
 PATIENT = frozenset({"NODE_NAME", "ADDRESS"})
