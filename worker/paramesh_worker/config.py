@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import os
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from paramesh.security import VARIABLES, Security
 
 from .checks import check_address, check_at_least, check_name, check_only_with, check_seconds
 from .command import Command, split
+from .layout import Layout, version
 
 __all__ = ["RunConfig", "WorkerConfig", "flags", "parse"]
 
@@ -343,11 +343,11 @@ def parse(
         usage=config.usage,
         description=description,
         epilog=examples,
-        formatter_class=_Layout,
+        formatter_class=Layout,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {_version()}", help="show the version and exit"
+        "--version", action="version", version=f"%(prog)s {version()}", help="show the version and exit"
     )
     groups: dict[str, argparse._ActionsContainer] = {"options": parser}
     for each in _options(config):
@@ -377,14 +377,6 @@ def _secrets(config: type[WorkerConfig] | type[RunConfig], environ: Mapping[str,
     return {"token": environ.get(VARIABLES["token"], "").strip()} if config is WorkerConfig else {}
 
 
-class _Layout(argparse.RawDescriptionHelpFormatter):
-    """The layout of `paramesh.command_help`: descriptions as written, and room for them."""
-
-    def __init__(self, prog: str) -> None:
-        columns = shutil.get_terminal_size().columns - 2
-        super().__init__(prog, max_help_position=28, width=min(columns, 110))
-
-
 def _add(parser: argparse._ActionsContainer, each: dataclasses.Field[Any], environ: Mapping[str, str]) -> None:
     settings = each.metadata
     if not settings["metavar"]:
@@ -405,12 +397,3 @@ def _add(parser: argparse._ActionsContainer, each: dataclasses.Field[Any], envir
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("paramesh")
-    except PackageNotFoundError:
-        return "unknown"
