@@ -71,13 +71,15 @@ class Followed:
 
     Args:
         security: with at least a CA.
+        level: at which a change is logged; a process has one port or two, and a channel to each peer.
 
     Raises:
         ConfigError: they cannot be used.
     """
 
-    def __init__(self, security: Security) -> None:
+    def __init__(self, security: Security, level: int = logging.DEBUG) -> None:
         self._security = security
+        self._level = level
         self._lock = threading.Lock()
         """Handshakes ask from gRPC's threads."""
         self._files = _Files(security.cert, security.key, security.ca)
@@ -108,7 +110,7 @@ class Followed:
             return
         self._files.stamp, self._material = stamp, material
         self.version += 1
-        log.info("certificates=renewed version=%d file=%s", self.version, self._security.cert or self._security.ca)
+        log.log(self._level, "certificates=renewed version=%d file=%s", self.version, self._security.cert)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For a channel made now: gRPC's channels keep what they were made with."""
@@ -123,7 +125,7 @@ def server_credentials(security: Security, on_handshake: Callable[[], None] = la
         security: certificate, key and CA.
         on_handshake: called at the beginning of each, from one of gRPC's threads.
     """
-    followed = Followed(security)
+    followed = Followed(security, logging.INFO)
     last = followed.version
 
     def configuration() -> grpc.ServerCertificateConfiguration:

@@ -77,10 +77,13 @@ class SecureChannel(grpc.aio.Channel):  # type: ignore[misc]
         self._version = 0
         self._inner: _Inner | None = None
         self._retired: list[_Inner] = []
+        self._closed = False
         self.bearer = Bearer(security)
 
     def current(self) -> _Inner:
         """The channel for a call that begins now."""
+        if self._closed:
+            raise grpc.aio.UsageError("the channel is closed")
         followed = self._followed
         if followed is not None:
             followed.material()
@@ -121,6 +124,7 @@ class SecureChannel(grpc.aio.Channel):  # type: ignore[misc]
 
     async def close(self, grace: float | None = None) -> None:
         """Close it, and what is left of older ones."""
+        self._closed = True
         inner, self._inner = self._inner, None
         for one in [*self._retired, *([inner] if inner is not None else [])]:
             await one.channel.close(grace)
