@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--servers", type=int, default=2)
     dense.add_argument("--mode", choices=("sync", "async"), default="sync")
     dense.add_argument("--replicas", type=int, default=1, help="above 1: beside one replica, in the same run")
+    dense.add_argument("--tls", action="store_true", help="mutual TLS, beside plaintext in the same run")
     dense.add_argument("--runs", type=int, default=1, help="repeat; the median run of each size is shown")
     failover = commands.add_parser("failover", parents=[common], help="servers killed under load, real processes")
     failover.add_argument("--runs", type=int, default=20, help="faults of each kind under each load")
@@ -62,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import dense
 
-    plan = dense.Plan(arguments.sizes, arguments.workers, arguments.servers, arguments.mode, arguments.replicas)
+    plan = dense.Plan(
+        arguments.sizes, arguments.workers, arguments.servers, arguments.mode, arguments.replicas, arguments.tls
+    )
     return dense.run(plan, arguments.runs)
 
 

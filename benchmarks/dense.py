@@ -2,6 +2,7 @@
 
     python -m benchmarks dense --sizes 1M,16M,64M --workers 2 --servers 2 --mode sync
     python -m benchmarks dense --replicas 2      # beside one replica: what the second copy costs
+    python -m benchmarks dense --tls             # beside plaintext: what encryption costs
 
 A step of a synchronous pair is as long as the slower worker's; push and pull are bytes of
 all workers over the slower one's time. Ratios are to bare gRPC streaming, measured just
@@ -36,6 +37,8 @@ class Plan:
     mode: str
     replicas: int = 1
     """Copies of each partition; above 1 the same is run with one copy too, and steps are compared."""
+    tls: bool = False
+    """Mutual TLS between all; the same is run in the clear too, and steps are compared."""
 
     def steps(self, elements: int) -> int:
         """Timed steps of a size."""
@@ -65,37 +68,45 @@ class Row:
     """pull_gbps over bare gRPC streaming down."""
     of_one_replica: float = 1.0
     """step_ms over that of one replica in the same run."""
+    of_plaintext: float = 1.0
+    """step_ms over that in the clear in the same run."""
 
 
 def run(plan: Plan, runs: int = 1) -> dict[str, Any]:
     """Measure limits and rows, `runs` times; the median run of each size counts."""
     limits = [measure()]
-    passes: dict[int, list[list[Row]]] = {replicas: [] for replicas in sorted({1, plan.replicas})}
+    plans = {"plan": plan}
+    if plan.replicas > 1:
+        plans["one_replica"] = replace(plan, replicas=1)
+    if plan.tls:
+        plans["plaintext"] = replace(plan, tls=False)
+    passes: dict[str, list[list[Row]]] = {name: [] for name in plans}
     for _ in range(runs):
-        for replicas, rows in passes.items():
-            one = replace(plan, replicas=replicas)
+        for key, one in reversed(plans.items()):
             results = _run_cluster(one)
             limits.append(measure())
             between = limits[-2].median_with([limits[-1]])
-            rows.append([_row(name, one, results, between) for name in plan.sizes])
-    rows = {
-        replicas: [_median_row([p[i] for p in done]) for i in range(len(plan.sizes))]
-        for replicas, done in passes.items()
-    }
+            passes[key].append([_row(name, one, results, between) for name in plan.sizes])
+    rows = {key: [_median_row([p[i] for p in done]) for i in range(len(plan.sizes))] for key, done in passes.items()}
     compared = [
-        replace(row, of_one_replica=row.step_ms / single.step_ms)
-        for row, single in zip(rows[plan.replicas], rows[1], strict=True)
+        replace(
+            row,
+            of_one_replica=row.step_ms / rows.get("one_replica", rows["plan"])[i].step_ms,
+            of_plaintext=row.step_ms / rows.get("plaintext", rows["plan"])[i].step_ms,
+        )
+        for i, row in enumerate(rows["plan"])
     ]
     result = {
         "workers": plan.workers,
         "servers": plan.servers,
         "mode": plan.mode,
         "replicas": plan.replicas,
+        "tls": plan.tls,
         "runs": runs,
         "limits": limits[0].median_with(limits[1:]).as_dict(),
         "rows": [asdict(row) for row in compared],
     }
-    return result if plan.replicas == 1 else result | {"one_replica": [asdict(row) for row in rows[1]]}
+    return result | {key: [asdict(row) for row in rows[key]] for key in rows if key != "plan"}
 
 
 def _median_row(rows: list[Row]) -> Row:
@@ -108,9 +119,11 @@ def _median_row(rows: list[Row]) -> Row:
 def _run_cluster(plan: Plan) -> list[dict[str, Any]]:
     """Start a cluster of processes, run the workers in it, and read their results."""
     from tests.cluster.processes import ProcessCluster
+    from tests.cluster.secure import SecureCluster
 
+    kind = SecureCluster if plan.tls else ProcessCluster
     text = json.dumps({**asdict(plan), "steps": {name: plan.steps(n) for name, n in plan.sizes.items()}})
-    with ProcessCluster(servers=plan.servers, replicas=plan.replicas, start_workers=plan.workers) as cluster:
+    with kind(servers=plan.servers, replicas=plan.replicas, start_workers=plan.workers) as cluster:
         out = cluster.directory / "dense.jsonl"
         for index in range(plan.workers):
             command = [sys.executable, "-m", "benchmarks.dense_worker", text, str(out)]

@@ -117,14 +117,19 @@ async def _move_about(address: str, moves: int) -> list[_Move]:
     dice, made = random.Random(20261120), []
     for _ in range(moves):
         await asyncio.sleep(0.3)  # a quiet time to compare with
-        rows = await inspection.read_partitions([address], "default")
-        names = {row["name"] for row in (await inspection.read_status([address], "default"))["servers"]}
+        rows = await inspection.read_partitions(inspection.Coordinators((address,)), "default")
+        names = {
+            row["name"]
+            for row in (await inspection.read_status(inspection.Coordinators((address,)), "default"))["servers"]
+        }
         row = dice.choice(rows)
         held = [ref["name"] for ref in row["in_sync"]]
         target = dice.choice(sorted(names - set(held)))
         begin = time.monotonic()
-        move = await changing.start_move([address], "default", row["partition"], dice.choice(held), target)
-        async for found in changing.follow_moves([address], "default", [move["move"]]):
+        move = await changing.start_move(
+            inspection.Coordinators((address,)), "default", row["partition"], dice.choice(held), target
+        )
+        async for found in changing.follow_moves(inspection.Coordinators((address,)), "default", [move["move"]]):
             stage = found[0]["stage"]
         made.append(_Move(row["partition"], begin, time.monotonic(), stage == "done"))
     return made

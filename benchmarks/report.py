@@ -65,12 +65,14 @@ def _show_limits(console: Console, limits: dict[str, float]) -> None:
 def _show_dense(console: Console, result: dict[str, Any]) -> None:
     if "one_replica" in result:
         _show_rows(console, {**result, "replicas": 1, "rows": result["one_replica"]})
+    if "plaintext" in result:
+        _show_rows(console, {**result, "tls": False, "rows": result["plaintext"]})
     _show_rows(console, result)
 
 
 def _show_rows(console: Console, result: dict[str, Any]) -> None:
     title = f"Dense {result['mode']} steps, {result['workers']} workers, {result['servers']} servers"
-    table = Table(title=f"{title}, replicas: {result['replicas']}")
+    table = Table(title=f"{title}, replicas: {result['replicas']}{', mutual TLS' if result['tls'] else ''}")
     heads = [
         "size",
         "step ms",
@@ -81,6 +83,7 @@ def _show_rows(console: Console, result: dict[str, Any]) -> None:
         "/ gRPC",
         "apply+pull ms",
         "/ 1 replica",
+        "/ plaintext",
         "parameters",
     ]
     for head in heads:
@@ -91,7 +94,7 @@ def _show_rows(console: Console, result: dict[str, Any]) -> None:
             row["size"], f"{row['step_ms']:.1f}", f"{row['step_p90_ms']:.1f}",
             f"{row['push_gbps']:.2f}", f"{row['push_of_grpc']:.0%}",
             f"{row['pull_gbps']:.2f}", f"{row['pull_of_grpc']:.0%}",
-            f"{row['apply_and_pull_ms']:.1f}", f"{row['of_one_replica']:.2f}", verdict,
+            f"{row['apply_and_pull_ms']:.1f}", f"{row['of_one_replica']:.2f}", f"{row['of_plaintext']:.2f}", verdict,
         )  # fmt: skip
     console.print(table)
 

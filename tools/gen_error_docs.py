@@ -37,6 +37,9 @@ REMEDIES = {
     "VERSION": "Install the same release of Paramesh on both sides.",
     "NODE_NAME": "Give the process another name, or replace the one that holds it.",
     "ADDRESS": "Advertise an address that the coordinator can dial.",
+    "UNAUTHENTICATED": "Give the process a valid token (`--token-file`, `PARAMESH_TOKEN`): "
+    "[tokens](security.md#tokens).",
+    "PERMISSION_DENIED": "Use a certificate or token of the role, job and name: [who may do what](security.md#roles).",
     "INCARNATION": "A bug or a foreign client.",
     "UNKNOWN_NODE": "Look at `psctl status`: the name may be misspelt.",
     "SEQ_REUSED": "A bug or a foreign client: one sequence number stands for one payload.",

@@ -32,6 +32,7 @@ from paramesh.ledger_client import LedgerClient
 from paramesh.memory import keep_big_buffers
 from paramesh.retry import CONSUMED
 from paramesh.routing import Routes
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_detail
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import coordinator_pb2_grpc
@@ -84,6 +85,7 @@ class AsyncClient(Delivery):
         host_incarnation: int = 0,
         role: str = "worker",
         timeout: float = 30.0,
+        security: Security = PLAIN,
     ) -> AsyncClient:
         """Register with the coordinator and fetch the map.
 
@@ -95,15 +97,17 @@ class AsyncClient(Delivery):
             host_incarnation: the supervisor's.
             role: "worker" or "tool".
             timeout: seconds in all.
+            security: of every channel.
 
         Raises:
+            AccessDenied: UNAUTHENTICATED or PERMISSION_DENIED.
             Unavailable: UNREACHABLE, if no coordinator answers.
             Timeout: DEADLINE, if the supervisor is not (or not again) registered in time.
             StateRefused: WRONG_CLUSTER or VERSION.
         """
         if role == "worker":
             keep_big_buffers()
-        link = CoordinatorLink(coordinators, job)
+        link = CoordinatorLink(coordinators, job, security)
         hostname = socket.gethostname()
         request = co.RegisterClientRequest(
             request=make_header(job),

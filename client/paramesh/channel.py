@@ -22,6 +22,7 @@ import grpc.aio  # registers grpc.aio
 
 from paramesh.errors import refuse
 from paramesh.framing import MAX_MESSAGE_BYTES, Framed, decode
+from paramesh.security import PLAIN, Security
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
@@ -75,9 +76,45 @@ HEARTBEAT_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def aio_channel(address: str, *, heartbeat: bool = False) -> grpc.aio.Channel:
-    """An asyncio channel to `host:port`; create it on the loop that uses it."""
-    return grpc.aio.insecure_channel(address, options=HEARTBEAT_OPTIONS if heartbeat else CHANNEL_OPTIONS)
+def aio_channel(address: str, security: Security = PLAIN, *, heartbeat: bool = False) -> grpc.aio.Channel:
+    """An asyncio channel to `host:port`; create it on the loop that uses it.
+
+    Args:
+        address: of the peer.
+        security: how to encrypt, and who to say that we are.
+        heartbeat: with a connection of its own.
+
+    Raises:
+        ConfigError: the security settings cannot be used, or not for this address.
+    """
+    options = HEARTBEAT_OPTIONS if heartbeat else CHANNEL_OPTIONS
+    if not security.encrypted and not security.bears_token:
+        return grpc.aio.insecure_channel(address, options=options)
+    from paramesh.secure_channel import SecureChannel
+
+    return SecureChannel(address, options, security)
+
+
+def add_port(
+    server: grpc.aio.Server, bind: str, security: Security = PLAIN, on_handshake: Callable[[], None] = lambda: None
+) -> int:
+    """Open a server's port, encrypted if the settings say so; returns its number.
+
+    Args:
+        server: before its start.
+        bind: host:port.
+        security: certificate, key and CA.
+        on_handshake: called at each TLS handshake, from a thread of gRPC's.
+
+    Raises:
+        RuntimeError: the port cannot be had.
+        ConfigError: a certificate cannot be used.
+    """
+    if not security.encrypted:
+        return int(server.add_insecure_port(bind))
+    from paramesh.credentials import server_credentials
+
+    return int(server.add_secure_port(bind, server_credentials(security, on_handshake)))
 
 
 def header(job: str, generation: int = 0, client_id: int = 0) -> pb.RequestHeader:

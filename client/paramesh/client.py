@@ -10,12 +10,13 @@ For tools, tests and hand-written loops; training scripts use `DistributedOptimi
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from paramesh.async_client import READ_TIMEOUT_S, AsyncClient
-from paramesh.config import ClientConfig
+from paramesh.config import ClientConfig, security_of
 from paramesh.encoded import Encoded, SlotWrite, Snapshot
 from paramesh.errors import ConfigError, refuse
 from paramesh.io import IoThread
@@ -243,18 +244,24 @@ def _slice(layout: PartitionLayout, flat: Mapping[int, memoryview]) -> tuple[byt
 def connect(coordinators: str, job: str = "default", *, timeout: float = 30.0) -> Client:
     """Connect to a cluster as a tool: no rank, no steps, no data leases.
 
+    Certificate and token are those of the environment: PARAMESH_TLS_CERT, PARAMESH_TOKEN_FILE and their like.
+
     Args:
         coordinators: `host:port[,host:port...]`.
         job: the cluster's name.
         timeout: seconds.
 
     Raises:
+        AccessDenied: UNAUTHENTICATED or PERMISSION_DENIED.
+        ConfigError: a security setting is missing or wrong.
         Unavailable: UNREACHABLE, if no coordinator answers.
     """
     from paramesh.heart import beat
 
+    security = security_of({**os.environ, "PARAMESH_JOB": job})
     io = IoThread.get()
-    client = io.run(AsyncClient.connect(coordinators, job, role="tool", timeout=timeout), timeout + 5, "a coordinator")
+    connecting = AsyncClient.connect(coordinators, job, role="tool", timeout=timeout, security=security)
+    client = io.run(connecting, timeout + 5, "a coordinator")
     heart = io.submit(beat(client, ClientConfig(coordinators=coordinators, job=job)))
     return Client(client, heart)
 

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paramesh.errors import ConfigError
+from paramesh.security import PLAIN, Security
 
-__all__ = ["MODES", "ClientConfig"]
+__all__ = ["MODES", "ClientConfig", "security_of"]
 
 MODES = ("sync", "async", "ssp", "local")
 """The training modes that `DistributedOptimizer(mode=)` and PARAMESH_MODE take."""
@@ -52,6 +53,9 @@ class ClientConfig:
     join_timeout: float = 300.0
     """PARAMESH_JOIN_TIMEOUT, seconds: how long to look for coordinator and ledger. Five
     minutes cover servers that are still being scheduled when the first worker starts."""
+    security: Security = PLAIN
+    """PARAMESH_TLS_CERT, PARAMESH_TLS_KEY, PARAMESH_TLS_CA, PARAMESH_TOKEN or PARAMESH_TOKEN_FILE: who this
+    process is, and whom it believes."""
 
     @property
     def alone(self) -> bool:
@@ -92,27 +96,45 @@ class ClientConfig:
             staleness=read.count("PARAMESH_STALENESS", None),
             every=read.count("PARAMESH_EVERY", None, least=1),
             join_timeout=read.seconds("PARAMESH_JOIN_TIMEOUT", 300.0),
+            security=security_of(read.environ),
         )
+
+
+def security_of(environ: Mapping[str, str]) -> Security:
+    """The security settings of a client, checked.
+
+    Args:
+        environ: variables.
+
+    Raises:
+        ConfigError: names the variable that is missing or wrong.
+    """
+    security = Security.from_environment(environ)
+    for address in environ.get("PARAMESH_COORDINATOR", "").split(","):
+        if address.strip():
+            security.check_dial(address.strip())
+    security.check(job=environ.get("PARAMESH_JOB", "").strip() or "default")
+    return security
 
 
 class _Reader:
     """Reads one variable of each type; every complaint names it and its value."""
 
     def __init__(self, environ: Mapping[str, str]):
-        self._environ = environ
+        self.environ = environ
 
     def _wrong(self, name: str, expected: str) -> ConfigError:
-        value = self._environ.get(name, "")
+        value = self.environ.get(name, "")
         return ConfigError(f"{name}={value!r} is not {expected}", metadata={"variable": name, "value": value})
 
     def text(self, name: str, default: str) -> str:
-        value = self._environ.get(name, default).strip() or default
+        value = self.environ.get(name, default).strip() or default
         if len(value) > 256 or any(not c.isprintable() for c in value):
             raise self._wrong(name, "a name of at most 256 printable characters")
         return value
 
     def addresses(self, name: str) -> str:
-        parts = [part.strip() for part in self._environ.get(name, "").split(",") if part.strip()]
+        parts = [part.strip() for part in self.environ.get(name, "").split(",") if part.strip()]
         for part in parts:
             host, colon, port = part.rpartition(":")
             if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
@@ -120,7 +142,7 @@ class _Reader:
         return ",".join(parts)
 
     def count(self, name: str, default: int | None, least: int = 0) -> int | None:
-        value = self._environ.get(name, "").strip()
+        value = self.environ.get(name, "").strip()
         if not value:
             return default
         if not (value.isascii() and value.isdigit() and least <= int(value) < 2**31):
@@ -128,15 +150,15 @@ class _Reader:
         return int(value)
 
     def incarnation(self, name: str, required_by: str) -> int:
-        value = self._environ.get(name, "").strip()
-        if not value and not self._environ.get(required_by, "").strip():
+        value = self.environ.get(name, "").strip()
+        if not value and not self.environ.get(required_by, "").strip():
             return 0
         if not (value.isascii() and value.isdigit() and 0 < int(value) < 2**64):
             raise self._wrong(name, f"a whole number from 1 to 2**64 - 1 (needed with {required_by})")
         return int(value)
 
     def seconds(self, name: str, default: float) -> float:
-        value = self._environ.get(name, "").strip()
+        value = self.environ.get(name, "").strip()
         if not value:
             return default
         try:
@@ -148,7 +170,7 @@ class _Reader:
         return number
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str | None:
-        value = self._environ.get(name, "").strip()
+        value = self.environ.get(name, "").strip()
         if value and value not in choices:
             raise self._wrong(name, "one of " + ", ".join(choices))
         return value or None

@@ -18,6 +18,7 @@ from paramesh.errors import Action, ParameshError, refuse
 from paramesh.retry import Backoff
 from paramesh.rotation import CAP_S, NEXT_S, Rotation, elsewhere
 from paramesh.routing import Routes
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import coordinator_pb2_grpc
@@ -37,11 +38,13 @@ class CoordinatorLink:
     Args:
         addresses: `host:port[,host:port...]`.
         job: the cluster's name.
+        security: of the channels to it, and to the servers that it names.
     """
 
-    def __init__(self, addresses: str, job: str):
+    def __init__(self, addresses: str, job: str, security: Security = PLAIN):
         self._turns = Rotation(addresses)
         self.job = job
+        self.security = security
         self._channels: dict[str, grpc.aio.Channel] = {}
         self.routes: Routes | None = None
         self.map_changed = asyncio.Event()
@@ -56,7 +59,7 @@ class CoordinatorLink:
         """The channel to the coordinator that answered last."""
         address = self.address
         if address not in self._channels:
-            self._channels[address] = aio_channel(address)
+            self._channels[address] = aio_channel(address, self.security)
         return self._channels[address]
 
     @property

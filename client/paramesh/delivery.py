@@ -87,7 +87,7 @@ class Delivery(abc.ABC):
     def lane(self, address: str) -> GrpcLane:
         """The lane to a server, made on first use."""
         if address not in self._lanes:
-            self._lanes[address] = GrpcLane(address)
+            self._lanes[address] = GrpcLane(address, self.link.security)
         return self._lanes[address]
 
     async def primary(self, partition: int, deadline: float) -> tuple[pb.Node, int]:

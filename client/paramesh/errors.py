@@ -5,6 +5,7 @@
      +-- RequestRefused         wrong whatever the state: fix the call
      |    +-- TensorMismatch    shape, dtype, name or structure differs
      |    +-- UnsupportedOptimizer
+     |    +-- AccessDenied      not who it says it is, or not allowed
      +-- StateRefused           wrong in this state: repeating alone does not help
      |    +-- ParametersChanged parameters were edited outside the optimizer
      |    +-- Fenced            this client was evicted: it rejoins as a new one
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "REASONS",
+    "AccessDenied",
     "Action",
     "ConfigError",
     "Fenced",
@@ -95,6 +97,10 @@ class UnsupportedOptimizer(RequestRefused):
     """The optimizer is not one that servers can run with torch's own semantics."""
 
 
+class AccessDenied(RequestRefused):
+    """The caller could not prove who it is, or may not do this; nothing was changed."""
+
+
 class StateRefused(ParameshError):
     """The request does not fit the state of the cluster; nothing was changed."""
 
@@ -146,6 +152,7 @@ class Action(enum.Enum):
 OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = 0, 3, 4, 5, 6
 PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED = 7, 8, 9, 10
 OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS = 11, 12, 13, 14, 15
+UNAUTHENTICATED = 16
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,8 @@ REASONS: dict[str, Reason] = {
     "ADDRESS": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "the advertised address cannot be dialled"),
     "INCARNATION": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "an incarnation must be a nonzero number"),
     "UNKNOWN_NODE": _row(NOT_FOUND, Action.RAISE, StateRefused, "that node never registered"),
+    "UNAUTHENTICATED": _row(UNAUTHENTICATED, Action.RAISE, AccessDenied, "no valid token or certificate"),
+    "PERMISSION_DENIED": _row(PERMISSION_DENIED, Action.RAISE, AccessDenied, "this identity may not do that"),
     # Sequence numbers.
     "SEQ_REUSED": _row(INVALID_ARGUMENT, Action.RAISE, RequestRefused, "a sequence number came with other bytes"),
     "SEQ_TOO_OLD": _row(ALREADY_EXISTS, Action.RAISE, StateRefused, "older than the window; applied long ago"),

@@ -65,7 +65,7 @@ async def _beat_to(address: str, client: AsyncClient) -> tuple[_End, ParameshErr
             yield co.HeartbeatRequest(request=client.header(), kind=co.NODE_KIND_CLIENT, echo=echo)
 
     end = _End.SILENT
-    async with aio_channel(address, heartbeat=True) as channel:
+    async with aio_channel(address, client.link.security, heartbeat=True) as channel:
         call = MembershipStub(channel).Heartbeat(beats())
         try:
             while True:

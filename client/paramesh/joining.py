@@ -38,6 +38,7 @@ async def connect_and_join(
         host=config.host,
         host_incarnation=config.host_incarnation,
         role="worker",
+        security=config.security,
         timeout=config.join_timeout if connect_s is None else min(connect_s, config.join_timeout),
     )
     try:

@@ -1,4 +1,4 @@
-"""Whether an address can be listened on, asked before gRPC is.
+"""Whether an address can be listened on, asked before gRPC is; and whether a peer is on this machine.
 
 gRPC says only that it cannot, and writes lines of its own to stderr; the system says why.
 """
@@ -6,9 +6,10 @@ gRPC says only that it cannot, and writes lines of its own to stderr; the system
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
-__all__ = ["why_not_listen"]
+__all__ = ["ip_of", "is_local_peer", "why_not_listen"]
 
 
 def why_not_listen(host: str, port: int) -> str:
@@ -37,3 +38,24 @@ def why_not_listen(host: str, port: int) -> str:
             if not reason or error.errno != errno.EAFNOSUPPORT:
                 reason = error.strerror or str(error)
     return reason
+
+
+def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is; None if it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_local_peer(peer: str) -> bool:
+    """Whether who calls is on this machine, by gRPC's name of it.
+
+    One that dials this machine's own outer address looks as if it came from elsewhere.
+    """
+    kind, _, rest = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return True  # a unix socket or an in-process channel
+    ip = ip_of(rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]"))
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return ip is not None and (mapped or ip).is_loopback

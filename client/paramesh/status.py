@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError, refuse
+from paramesh.gate import Gate
 from paramesh.v1 import types_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ async def abort(context: grpc.aio.ServicerContext, error: ParameshError) -> None
 class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every coroutine or async-generator handler; others pass through."""
 
-    def __init__(self, on_error: Callable[[str], None] | None):
+    def __init__(self, on_error: Callable[[str], None] | None, gate: Gate | None):
         self._on_error = on_error
+        self._gate = gate
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -83,15 +85,27 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         # Decoded here and not by grpcio, which answers undecodable bytes of a single request with
         # UNKNOWN and the exception's text.
         read = _reader(handler.request_deserializer, handler.request_streaming)
-        wrapped = self._wrap(behaviour, details.method, read)
+        wrapped = self._wrap(behaviour, details.method, self._guarded(read, details.method))
         return make(wrapped, None, handler.response_serializer)
 
-    def _wrap(self, behaviour: Any, method: str, read: Callable[[Any], Any]) -> Any:
+    def _guarded(self, read: Callable[[Any, _Check], Any], method: str) -> Callable[[Any, Any], Any]:
+        """Reads requests of callers that may make this call, in their own name."""
+        gate = self._gate
+        if gate is None:
+            return lambda request, context: read(request, _anything)
+
+        def enter(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            identity = gate.enter(method, context)
+            return read(request, lambda message: gate.check(identity, method, message, context))
+
+        return enter
+
+    def _wrap(self, behaviour: Any, method: str, read: Callable[[Any, Any], Any]) -> Any:
         if inspect.isasyncgenfunction(behaviour):
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    async for response in behaviour(read(request), context):
+                    async for response in behaviour(read(request, context), context):
                         yield response
                 except Exception as exc:
                     await self._leave(exc, context, method)
@@ -101,14 +115,14 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 try:
-                    return await behaviour(read(request), context)
+                    return await behaviour(read(request, context), context)
                 except Exception as exc:
                     await self._leave(exc, context, method)
 
             return unary
 
         def other(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            return behaviour(read(request), context)
+            return behaviour(read(request, context), context)
 
         return other
 
@@ -121,31 +135,43 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         await abort(context, error)
 
 
-def _reader(deserialize: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any], Any]:
-    """Turns raw requests into messages, one or a stream of them; FORMAT if they are none."""
+_Check = Callable[[Any], None]
+"""Refuses a message by raising."""
 
-    def one(data: bytes) -> Any:
+
+def _anything(_message: Any) -> None:
+    """Without a gate every message may come."""
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any, _Check], Any]:
+    """Turns raw requests into messages that were looked at, one or a stream of them; FORMAT if they are none."""
+
+    def one(data: bytes, check: _Check) -> Any:
         if deserialize is None:
-            return data
-        try:
-            return deserialize(data)
-        except DecodeError as exc:
-            raise refuse("FORMAT", f"{len(data)} bytes that are no such message: {exc}") from None
+            message: Any = data
+        else:
+            try:
+                message = deserialize(data)
+            except DecodeError as exc:
+                raise refuse("FORMAT", f"{len(data)} bytes that are no such message: {exc}") from None
+        check(message)
+        return message
 
-    async def many(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def many(requests: AsyncIterator[bytes], check: _Check) -> AsyncIterator[Any]:
         async for data in requests:
-            yield one(data)
+            yield one(data, check)
 
     return many if streaming else one
 
 
-def typed_errors(on_error: Callable[[str], None] | None = None) -> grpc.aio.ServerInterceptor:
+def typed_errors(on_error: Callable[[str], None] | None = None, gate: Gate | None = None) -> grpc.aio.ServerInterceptor:
     """The interceptor for aio servers.
 
     Args:
         on_error: called with the reason of every refused call, for metrics.
+        gate: decides who may call what; None: everybody may.
     """
-    return _TypedErrors(on_error)
+    return _TypedErrors(on_error, gate)
 
 
 def from_rpc_error(exc: grpc.RpcError, peer: str = "") -> ParameshError:

@@ -42,7 +42,7 @@ class Calls:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = aio_channel(address)
+            self._channels[address] = aio_channel(address, self._driver.config.security)
         return self._channels[address]
 
     def server(self, ref: Ref) -> ServerRow:

@@ -45,7 +45,7 @@ exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over 
 instead); 2 for a mistake in the options."""
 
 JOB, ADDRESS, WORKERS, TIMES = "job and its state", "address", "workers and servers", "times"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SECURITY = "checkpoints", "security"
 """The groups of --help."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -53,6 +53,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def _seconds(text: str) -> Any:
     return typer.Option(help=text, metavar="SECONDS", rich_help_panel=TIMES)
+
+
+def _file(name: str, text: str) -> Any:
+    """An option that names a file, of the security settings."""
+    variable = f"PARAMESH_{name.upper()}"
+    return typer.Option(help=text, envvar=variable, metavar="FILE", show_default=False, rich_help_panel=SECURITY)
 
 
 class LogLevel(StrEnum):
@@ -171,10 +177,26 @@ def run(
             rich_help_panel=CHECKPOINTS,
         ),
     ] = DEFAULT.restore,
+    tls_cert: Annotated[
+        str,
+        _file(
+            "tls_cert",
+            "PEM file of this coordinator's certificate. Certificate, key and CA encrypt every "
+            "connection; a changed file is taken up by itself.",
+        ),
+    ] = "",
+    tls_key: Annotated[str, _file("tls_key", "PEM file of its key, mode 0600.")] = "",
+    tls_ca: Annotated[
+        str, _file("tls_ca", "PEM file of the CA that the cluster's certificates are of. Others are refused.")
+    ] = "",
+    token_keys: Annotated[
+        str,
+        _file("token_keys", "File with the keys of tokens: callers are known by tokens instead of certificates."),
+    ] = "",
     insecure: Annotated[
         bool,
         typer.Option(
-            "--insecure", help="Allow a --bind that other machines can reach, unencrypted.", rich_help_panel=ADDRESS
+            "--insecure", help="Allow a --bind that other machines can reach, unencrypted.", rich_help_panel=SECURITY
         ),
     ] = False,
     log_level: Annotated[LogLevel, typer.Option(help="How much to log, on stderr.")] = LogLevel.INFO,
@@ -197,6 +219,7 @@ def run(
             min_isr=min_isr, heartbeat_interval=heartbeat_interval,
             failure_timeout=failure_timeout, client_timeout=client_timeout,
             gather=gather, step_timeout=step_timeout, rebalance=rebalance, insecure=insecure,
+            tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, token_keys=token_keys,
             checkpoint_dir=checkpoint_dir, **parse_every(checkpoint_every), checkpoint_keep=checkpoint_keep,
             restore=restore,
         )  # fmt: skip
@@ -230,7 +253,7 @@ async def _run(config: CoordinatorConfig) -> int:
     from paramesh_coordinator.server import CoordinatorServer
 
     keep_imports()
-    if config.insecure:
+    if config.insecure and not config.security.encrypted:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()

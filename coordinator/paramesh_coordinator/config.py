@@ -6,15 +6,16 @@ config = CoordinatorConfig(state=Path("run.sqlite"), start_workers=4)
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from paramesh.errors import ConfigError
+from paramesh.errors import ConfigError, ParameshError
+from paramesh.identity import Identity, Role
 from paramesh.routing import NAME
+from paramesh.security import Security, is_loopback
 
 from paramesh_coordinator.store.etcd_target import EtcdTarget
 
@@ -111,17 +112,36 @@ class CoordinatorConfig:
     restore: str = ""
     """A checkpoint to begin with: its URL. Only on a fresh state; a restart does not load it again."""
 
+    tls_cert: str = ""
+    """PEM file of this coordinator's certificate. Certificate, key and CA encrypt every connection."""
+
+    tls_key: str = ""
+    """PEM file of its key, mode 0600."""
+
+    tls_ca: str = ""
+    """PEM file of the CA that the cluster's certificates are of."""
+
+    token_keys: str = ""
+    """File with the keys of tokens: callers are known by tokens instead of certificates."""
+
     insecure: bool = False
     """Allows a bind that other machines can reach, although traffic is not encrypted."""
 
+    @property
+    def security(self) -> Security:
+        """Of the port and every channel."""
+        files = Security(self.tls_cert, self.tls_key, self.tls_ca, token_keys=self.token_keys)
+        if not self.token_keys:
+            return files
+        try:
+            return replace(files, signs_as=Identity(self.job, Role.COORDINATOR, "coordinator"))
+        except ParameshError as error:
+            raise _wrong("job", str(error)) from None
+
     def __post_init__(self) -> None:
         host, _ = parse_bind(self.bind)
-        if not self.insecure and not _is_loopback(host):
-            raise _wrong(
-                "bind",
-                f"{self.bind!r} can be reached from other machines and traffic is not encrypted; "
-                "bind to 127.0.0.1, or pass --insecure inside a network that you trust",
-            )
+        self.security.check(Role.COORDINATOR, self.job)
+        self.security.check_bind("bind", self.bind, self.insecure)
         self._check_state(host)
         if not NAME.fullmatch(self.job):
             raise _wrong("job", f"{self.job[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
@@ -154,7 +174,7 @@ class CoordinatorConfig:
             return
         if not self.advertise and host.strip("[]") in ("0.0.0.0", "::"):
             raise _wrong("advertise", f"is needed: nobody reaches a coordinator at {host}, where it listens")
-        away = [one for one in self.state.endpoints if not _is_loopback(one.rpartition(":")[0])]
+        away = [one for one in self.state.endpoints if not is_loopback(one.rpartition(":")[0])]
         if away and not self.insecure:
             raise _wrong(
                 "state",
@@ -213,15 +233,6 @@ def parse_every(text: str) -> dict[str, typing.Any]:
     if found[2].startswith("step"):
         return {"checkpoint_steps": int(found[1])}
     return {"checkpoint_seconds": float(int(found[1]) * _UNITS[found[2]])}
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _wrong(key: str, problem: str) -> ConfigError:

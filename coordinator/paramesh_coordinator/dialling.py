@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 
 from paramesh.errors import refuse
+from paramesh.listening import ip_of, is_local_peer
 
-__all__ = ["check_address", "is_gone", "is_local_peer"]
+__all__ = ["check_address", "is_gone"]
 
 DIAL_SECONDS = 2.0
 """A connection across a data centre takes milliseconds; a dropped SYN is repeated after 1 s."""
@@ -65,31 +65,11 @@ def _split(address: str, what: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
 def _unspecified(host: str) -> bool:
-    ip = _ip(host)
+    ip = ip_of(host)
     return ip is not None and ip.is_unspecified
 
 
 def _only_local(host: str) -> bool:
-    ip = _ip(host)
+    ip = ip_of(host)
     return host == "localhost" if ip is None else ip.is_loopback or ip.is_link_local
-
-
-def is_local_peer(peer: str) -> bool:
-    """Whether who calls is on this machine, by gRPC's name of it.
-
-    One that dials this machine's own outer address looks as if it came from elsewhere.
-    """
-    kind, _, rest = peer.partition(":")
-    if kind not in ("ipv4", "ipv6"):
-        return True  # a unix socket or an in-process channel
-    ip = _ip(rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]"))
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return ip is not None and (mapped or ip).is_loopback

@@ -148,7 +148,7 @@ class Errands:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = aio_channel(address)
+            self._channels[address] = aio_channel(address, self._driver.config.security)
         return self._channels[address]
 
 

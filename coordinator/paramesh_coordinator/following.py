@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.live import Live
 
 from paramesh_coordinator import changing
 from paramesh_coordinator.display import draw_drain, draw_moves, make_console
+from paramesh_coordinator.inspection import Coordinators
 
 __all__ = ["Moves"]
 
@@ -23,13 +24,13 @@ class Moves:
     """Moves and drains of one cluster.
 
     Attributes:
-        addresses: of coordinators.
+        coordinators: whom to ask.
         job: the cluster's name.
         wait: show them until they are over; or only as they begin.
         as_json: print one JSON document at the end, and nothing before.
     """
 
-    addresses: Sequence[str]
+    coordinators: Coordinators
     job: str
     wait: bool
     as_json: bool
@@ -45,7 +46,7 @@ class Moves:
         numbers = [row["move"] for row in rows]
         if self.wait and rows:
             with _progress(self.as_json) as show:
-                async for rows in changing.follow_moves(self.addresses, self.job, numbers):
+                async for rows in changing.follow_moves(self.coordinators, self.job, numbers):
                     show(draw_moves(rows))
         if self.as_json:
             typer.echo(json.dumps(rows, indent=2))
@@ -60,10 +61,10 @@ class Moves:
         Raises:
             ParameshError: UNREACHABLE, or the coordinator's refusal.
         """
-        row: dict[str, Any] = await changing.drain(self.addresses, self.job, server)
+        row: dict[str, Any] = await changing.drain(self.coordinators, self.job, server)
         if self.wait:
             with _progress(self.as_json) as show:
-                async for row in changing.follow_drain(self.addresses, self.job, server):
+                async for row in changing.follow_drain(self.coordinators, self.job, server):
                     show(draw_drain(row))
         if self.as_json:
             typer.echo(json.dumps(row, indent=2))

@@ -1,6 +1,6 @@
 """What psctl knows: the coordinator's and the ledger's answers as plain dictionaries.
 
-    status = await read_status(["127.0.0.1:7070"], "default")
+    status = await read_status(Coordinators(("127.0.0.1:7070",)), "default")
     status["servers"][0]["state"]          # "live"
 
 `--json` prints these as they are; `display` draws tables of them.
@@ -13,12 +13,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import DTYPE_SIZE, Routes, storage_dtype, storage_elements
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import ledger_pb2 as lg
@@ -28,7 +30,7 @@ from paramesh.v1.ledger_pb2_grpc import LedgerStub
 
 from paramesh_coordinator.operators import LEDGER
 
-__all__ = ["ask_coordinator", "promote", "read_events", "read_partitions", "read_status", "read_tables"]
+__all__ = ["Coordinators", "ask_coordinator", "promote", "read_events", "read_partitions", "read_status", "read_tables"]
 
 REACH_SECONDS = 4.0
 """For all addresses together, so that a mistyped one is an error message within 5 s."""
@@ -47,13 +49,26 @@ _ACTIVITY = {value: name.removeprefix("ACTIVITY_").lower() for name, value in lg
 _MODE = {value: name.removeprefix("MODE_").lower() for name, value in lg.Mode.items()}
 
 
+@dataclass(frozen=True)
+class Coordinators:
+    """Where the coordinators of a cluster are, and how they are talked to.
+
+    Attributes:
+        addresses: host:port of each.
+        security: of every channel, also to servers.
+    """
+
+    addresses: tuple[str, ...]
+    security: Security = PLAIN
+
+
 async def ask_coordinator(
-    addresses: Sequence[str], service: Any, method: str, request: Message, seconds: float = REACH_SECONDS
+    coordinators: Coordinators, service: Any, method: str, request: Message, seconds: float = REACH_SECONDS
 ) -> tuple[Any, str]:
     """The answer of the first coordinator that gives one, and its address.
 
     Args:
-        addresses: host:port of each.
+        coordinators: whom to ask.
         service: the stub's class.
         method: of it.
         request: what is asked.
@@ -66,12 +81,14 @@ async def ask_coordinator(
     clock = asyncio.get_running_loop().time
     until = clock() + seconds
     while True:
-        failures, asked = [], list(addresses)
+        failures, asked = [], list(coordinators.addresses)
         for address in asked:
-            async with aio_channel(address) as channel:
+            async with aio_channel(address, coordinators.security) as channel:
                 try:
                     call = getattr(service(channel), method)
-                    return await call(request, timeout=seconds / len(addresses), wait_for_ready=False), address
+                    return await call(
+                        request, timeout=seconds / len(coordinators.addresses), wait_for_ready=False
+                    ), address
                 except grpc.RpcError as exc:
                     failures.append(from_rpc_error(exc, address))
             leader = failures[-1].metadata.get("leader", "")
@@ -88,7 +105,7 @@ async def ask_coordinator(
         raise answered
     raise refuse(
         "UNREACHABLE",
-        f"no coordinator answers at {', '.join(addresses)}. Check that ps-coordinator runs there (it logs "
+        f"no coordinator answers at {', '.join(coordinators.addresses)}. Check that ps-coordinator runs there (it logs "
         "'serving address=...'), and that --coordinator or PARAMESH_COORDINATOR names it. A cluster "
         f"whose coordinator is away trains on meanwhile. ({failures[-1]})",
     )
@@ -98,15 +115,15 @@ def _stands_by(failure: ParameshError) -> bool:
     return "standby" in failure.metadata
 
 
-async def read_status(addresses: Sequence[str], job: str) -> dict[str, Any]:
+async def read_status(coordinators: Coordinators, job: str) -> dict[str, Any]:
     """Everything on one page.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal (WRONG_CLUSTER, ...).
     """
     request = co.GetStatusRequest(request=header(job))
-    answer, address = await ask_coordinator(addresses, AdminStub, "GetStatus", request)
-    ledger = await _read_ledger(answer.map)
+    answer, address = await ask_coordinator(coordinators, AdminStub, "GetStatus", request)
+    ledger = await _read_ledger(answer.map, coordinators.security)
     return {
         "job": answer.map.job,
         "coordinator": address,
@@ -124,7 +141,7 @@ async def read_status(addresses: Sequence[str], job: str) -> dict[str, Any]:
     }
 
 
-async def _read_ledger(current: pb.PartitionMap) -> lg.LedgerStatusResponse | str:
+async def _read_ledger(current: pb.PartitionMap, security: Security) -> lg.LedgerStatusResponse | str:
     """The ledger's own figures, or why there are none."""
     try:
         if LEDGER not in Routes(current):
@@ -133,7 +150,7 @@ async def _read_ledger(current: pb.PartitionMap) -> lg.LedgerStatusResponse | st
     except ParameshError as error:
         return str(error)
     request = lg.LedgerStatusRequest(request=header(current.job, current.generation))
-    async with aio_channel(node.address) as channel:
+    async with aio_channel(node.address, security) as channel:
         try:
             answer = await LedgerStub(channel).LedgerStatus(request, timeout=LEDGER_SECONDS)
         except grpc.RpcError as exc:
@@ -238,17 +255,18 @@ def _worker(client: co.ClientStatus, member: lg.Member | None) -> dict[str, Any]
     }
 
 
-async def read_tables(addresses: Sequence[str], job: str) -> list[dict[str, Any]]:
+async def read_tables(coordinators: Coordinators, job: str) -> list[dict[str, Any]]:
     """Every table with what its schema says.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
     request = co.GetStatusRequest(request=header(job))
-    answer, address = await ask_coordinator(addresses, AdminStub, "GetStatus", request)
+    answer, address = await ask_coordinator(coordinators, AdminStub, "GetStatus", request)
     ids = header(job, answer.map.generation)
     requests = (co.DescribeTableRequest(request=ids, table_id=t.table_id) for t in answer.map.tables)
-    asked = (ask_coordinator([address], CatalogStub, "DescribeTable", request) for request in requests)
+    same = Coordinators((address,), coordinators.security)
+    asked = (ask_coordinator(same, CatalogStub, "DescribeTable", request) for request in requests)
     described = await asyncio.gather(*asked)
     pairs = zip(answer.map.tables, described, strict=True)
     return [_table(entry, answer.map) | _schema(reply.spec) for entry, (reply, _) in pairs]
@@ -265,13 +283,13 @@ def _schema(spec: pb.TableSpec) -> dict[str, Any]:
     }
 
 
-async def read_partitions(addresses: Sequence[str], job: str) -> list[dict[str, Any]]:
+async def read_partitions(coordinators: Coordinators, job: str) -> list[dict[str, Any]]:
     """Every partition: where it is, who is in sync, who catches up.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
-    answer, _ = await ask_coordinator(addresses, AdminStub, "GetStatus", co.GetStatusRequest(request=header(job)))
+    answer, _ = await ask_coordinator(coordinators, AdminStub, "GetStatus", co.GetStatusRequest(request=header(job)))
     tables = {entry.table_id: entry.name for entry in answer.map.tables}
     return [_partition(row, tables.get(row.table_id, "ledger")) for row in answer.map.partitions]
 
@@ -294,27 +312,27 @@ def _ref(ref: pb.ReplicaRef) -> dict[str, str]:
     return {"name": ref.node, "incarnation": f"{ref.incarnation:x}"}
 
 
-async def promote(addresses: Sequence[str], job: str, partition: int, server: str) -> dict[str, Any]:
+async def promote(coordinators: Coordinators, job: str, partition: int, server: str) -> dict[str, Any]:
     """Give an offline partition to an incomplete replica, with loss; the partition's new row.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal, which says what to do first.
     """
     request = co.PromoteReplicaRequest(request=header(job), partition=partition, server=server, accept_loss=True)
-    answer, _ = await ask_coordinator(addresses, AdminStub, "PromoteReplica", request)
+    answer, _ = await ask_coordinator(coordinators, AdminStub, "PromoteReplica", request)
     tables = {entry.table_id: entry.name for entry in answer.map.tables}
     row = next(row for row in answer.map.partitions if row.id == partition)
     return _partition(row, tables.get(row.table_id, "ledger"))
 
 
-async def read_events(addresses: Sequence[str], job: str, after: int, limit: int) -> list[dict[str, Any]]:
+async def read_events(coordinators: Coordinators, job: str, after: int, limit: int) -> list[dict[str, Any]]:
     """Audit lines after an id (0: the newest), oldest first.
 
     Raises:
         ParameshError: UNREACHABLE, or the coordinator's refusal.
     """
     request = co.ListEventsRequest(request=header(job), after=after, limit=limit)
-    answer, _ = await ask_coordinator(addresses, AdminStub, "ListEvents", request)
+    answer, _ = await ask_coordinator(coordinators, AdminStub, "ListEvents", request)
     return [
         {
             "id": event.id,

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paramesh.errors import refuse
+from paramesh.identity import Identity
 from paramesh.routing import check_name
 
 from paramesh_coordinator import operators
 from paramesh_coordinator.catalog import form_ledger
 from paramesh_coordinator.checkers import Silent
+from paramesh_coordinator.client_ids import next_client
 from paramesh_coordinator.failover import Settled, forget, settle, tell_offline
 from paramesh_coordinator.rows import (
     ClientRow,
@@ -285,8 +287,13 @@ def host_left(draft: Draft, ref: Ref) -> None:
 # --- clients ---------------------------------------------------------------------------
 
 
-def register_client(draft: Draft, hello: ClientHello) -> int:
+def register_client(draft: Draft, hello: ClientHello, owner: Identity | None = None) -> int:
     """Give a client its id; the same one if it repeats itself.
+
+    Args:
+        draft: the decision.
+        hello: what it says.
+        owner: who it has proved to be.
 
     Returns:
         The client id.
@@ -301,6 +308,8 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
     check_incarnation(hello.incarnation, f"client of slot {hello.slot!r}")
     known = [c for c in draft.rows(ClientRow) if (c.slot, c.incarnation) == (hello.slot, hello.incarnation)]
     if known:
+        if owner is not None and not owner.owns(known[-1].client_id):
+            raise refuse("PERMISSION_DENIED", f"slot {hello.slot!r} and incarnation are not {owner.name!r}'s")
         if known[-1].state is not ClientState.LIVE:
             raise refuse("EVICTED", f"client {known[-1].client_id} is over ({known[-1].reason}); register anew")
         _watch_if_alone(draft, known[-1])
@@ -312,7 +321,7 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
                 "UNKNOWN_NODE", f"supervisor {hello.host!r} of slot {hello.slot!r} is not registered", host=hello.host
             )
         _evict_older_of_slot(draft, hello)
-    row = ClientRow(draft.count("next_client"), **dataclasses.asdict(hello))
+    row = ClientRow(next_client(draft, owner), **dataclasses.asdict(hello))
     draft.put(row)
     draft.audit("client_registered", row.slot, client_id=row.client_id, role=row.role, host=row.host)
     _watch_if_alone(draft, row)

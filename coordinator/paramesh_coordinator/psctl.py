@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from paramesh.command_help import PlainCommand, PlainGroup, version_option
 from paramesh.errors import ParameshError
+from paramesh.security import VARIABLES, Security
 from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
@@ -32,9 +33,16 @@ from paramesh_coordinator.display import (
     draw_workers,
     make_console,
 )
-from paramesh_coordinator.following import Moves
-from paramesh_coordinator.inspection import promote, read_events, read_partitions, read_status, read_tables
+from paramesh_coordinator.inspection import (
+    promote,
+    read_events,
+    read_partitions,
+    read_status,
+    read_tables,
+)
 from paramesh_coordinator.psctl_meta import meta
+from paramesh_coordinator.psctl_security import certs, tokens
+from paramesh_coordinator.psctl_target import Target, file_option, target_of
 
 __all__ = ["main"]
 
@@ -87,29 +95,6 @@ Wait = Annotated[
 Read = Callable[[], Awaitable[Any]]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Whom to ask: flags before the command, overridden by flags after it."""
-
-    coordinator: str
-    job: str
-
-    def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
-        """Ask with one of `inspection`'s functions."""
-        return read(_addresses(self.coordinator), self.job, *more)
-
-    def moves(self, wait: bool, as_json: bool) -> Moves:
-        """Shows moves until they are over."""
-        return Moves(_addresses(self.coordinator), self.job, wait, as_json)
-
-
-def _target(context: typer.Context, coordinator: str | None, job: str | None) -> Target:
-    given: Target = context.obj
-    target = Target(coordinator or given.coordinator, job or given.job)
-    _addresses(target.coordinator)
-    return target
-
-
 @app.callback()
 def describe(
     context: typer.Context,
@@ -122,6 +107,14 @@ def describe(
     job: Annotated[
         str, typer.Option(envvar="PARAMESH_JOB", help=JOB_HELP, metavar="JOB", rich_help_panel=CLUSTER)
     ] = "default",
+    tls_cert: Annotated[str, file_option("PARAMESH_TLS_CERT", "PEM file of the certificate that says who asks.")] = "",
+    tls_key: Annotated[str, file_option("PARAMESH_TLS_KEY", "PEM file of its key, mode 0600.")] = "",
+    tls_ca: Annotated[
+        str, file_option("PARAMESH_TLS_CA", "PEM file of the CA that the cluster's certificates are of.")
+    ] = "",
+    token_file: Annotated[
+        str, file_option("PARAMESH_TOKEN_FILE", "File with a token, mode 0600, where the cluster takes tokens.")
+    ] = "",
     version: Annotated[bool, version_option("psctl")] = False,
 ) -> None:
     """Look at a running Paramesh cluster, and move its partitions.
@@ -129,7 +122,9 @@ def describe(
     Only move, rebalance, drain, undrain and promote change anything. --coordinator and --job may stand before or
     after the command.
     """
-    context.obj = Target(coordinator, job)
+    token = os.environ.get(VARIABLES["token"], "").strip()
+    security = Security(tls_cert, tls_key, tls_ca, token, token_file)
+    context.obj = Target(coordinator, job, security)
 
 
 @app.command(cls=PlainCommand)
@@ -141,7 +136,7 @@ def status(
     watch: Watch = False,
 ) -> None:
     """Everything on one page: servers, steps, tables, workers, pending operations."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_status), draw_status, as_json, watch)
 
 
@@ -154,7 +149,7 @@ def tables(
     watch: Watch = False,
 ) -> None:
     """Tables: schema, size, optimizer, partitions, and on which servers they are."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_tables), draw_tables, as_json, watch)
 
 
@@ -167,7 +162,7 @@ def partitions(
     watch: Watch = False,
 ) -> None:
     """Partitions: state, primary, who is in sync and who catches up; 0 is the ledger."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(read_partitions), draw_partitions, as_json, watch)
 
 
@@ -195,7 +190,7 @@ def promote_replica(
             err=True,
         )
         raise typer.Exit(2)
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     body = _once(lambda: target.read(promote, partition, server), lambda row: draw_partitions([row]), as_json)
     _run(body)
 
@@ -209,7 +204,7 @@ def show_moves(
     watch: Watch = False,
 ) -> None:
     """Moves: under way, and the last that were over."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
     _show(lambda: target.read(changing.list_moves), draw_moves, as_json, watch)
 
 
@@ -229,7 +224,7 @@ def move_partition(
     If FROM leads the partition, TO leads it afterwards. If TO has a complete copy already, only
     the lead changes hands. `psctl partitions` shows who holds what.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     moves = where.moves(wait, as_json)
     _run(moves.follow(lambda: where.read(changing.start_move, partition, source, target)))
 
@@ -248,7 +243,7 @@ def rebalance(
     It happens by itself when servers come or go (unless ps-coordinator --no-rebalance). Nothing is moved if no
     server is more than 20 % above or below the mean.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(where.moves(wait and not dry_run, as_json).follow(lambda: where.read(changing.rebalance, dry_run)))
 
 
@@ -266,7 +261,7 @@ def drain(
     It stays alive; stop it with SIGTERM when it is empty, or take it back with undrain. Exit status 1 if
     something stays there because no other server can take it.
     """
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(where.moves(wait, as_json).drain(server))
 
 
@@ -279,7 +274,7 @@ def undrain(
     as_json: AsJson = False,
 ) -> None:
     """End the draining of a server: it keeps what it has and gets its share again."""
-    where = _target(context, coordinator, job)
+    where = target_of(context, coordinator, job)
     _run(_once(lambda: where.read(changing.drain, server, True), draw_drain, as_json))
 
 
@@ -292,7 +287,7 @@ def workers(
     watch: Watch = False,
 ) -> None:
     """Workers: rank, slot, activity, and why those that are gone went."""
-    target = _target(context, coordinator, job)
+    target = target_of(context, coordinator, job)
 
     async def read() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (await target.read(read_status))["workers"]
@@ -314,20 +309,7 @@ def events(
     ] = 50,
 ) -> None:
     """What the coordinator decided and on what evidence, newest last; --watch follows."""
-    _run(_follow(_target(context, coordinator, job), as_json, watch, limit))
-
-
-def _addresses(coordinator: str) -> list[str]:
-    addresses = [part.strip() for part in coordinator.split(",") if part.strip()]
-    for address in addresses:
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal() and 1 <= int(port) <= 65535):
-            typer.echo(f"psctl: --coordinator: {address!r} is not host:port, such as 127.0.0.1:7070", err=True)
-            raise typer.Exit(2)
-    if not addresses:
-        typer.echo("psctl: --coordinator: names nobody", err=True)
-        raise typer.Exit(2)
-    return addresses
+    _run(_follow(target_of(context, coordinator, job), as_json, watch, limit))
 
 
 def _run(body: Any) -> None:
@@ -400,10 +382,12 @@ async def _follow(target: Target, as_json: bool, watch: bool, limit: int) -> Non
             found = []
 
 
-psctl_checkpoints.register(app, _target, _run)
+psctl_checkpoints.register(app, target_of, _run)
 
 
 app.add_typer(meta, name="meta")
+app.add_typer(certs, name="certs")
+app.add_typer(tokens, name="tokens")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Protocol
@@ -19,7 +19,7 @@ from paramesh.v1.checkpoint_pb2_grpc import CheckpointsStub
 from rich.table import Table
 
 from paramesh_coordinator.display import make_console
-from paramesh_coordinator.inspection import REACH_SECONDS, ask_coordinator
+from paramesh_coordinator.inspection import REACH_SECONDS, Coordinators, ask_coordinator
 
 __all__ = ["register"]
 
@@ -64,29 +64,29 @@ class Asking(Protocol):
     """Whom to ask."""
 
     def read(self, read: Callable[..., Awaitable[Any]], *more: Any) -> Awaitable[Any]:
-        """Ask with a function of (addresses, job, ...)."""
+        """Ask with a function of (coordinators, job, ...)."""
 
 
 # ---------------------------------------------------------------------- asking
 
 
-async def _create(addresses: Sequence[str], job: str, level: Level, name: str) -> str:
+async def _create(coordinators: Coordinators, job: str, level: Level, name: str) -> str:
     request = cp.CreateCheckpointRequest(request=header(job), level=_LEVELS[level], name=name)
-    answer, _ = await ask_coordinator(addresses, CheckpointsStub, "CreateCheckpoint", request)
+    answer, _ = await ask_coordinator(coordinators, CheckpointsStub, "CreateCheckpoint", request)
     return str(answer.name)
 
 
-async def _listed(addresses: Sequence[str], job: str, verify: bool = False) -> cp.ListCheckpointsResponse:
+async def _listed(coordinators: Coordinators, job: str, verify: bool = False) -> cp.ListCheckpointsResponse:
     request = cp.ListCheckpointsRequest(request=header(job), verify=verify)
     seconds = 3600.0 if verify else REACH_SECONDS
-    answer, _ = await ask_coordinator(addresses, CheckpointsStub, "ListCheckpoints", request, seconds)
+    answer, _ = await ask_coordinator(coordinators, CheckpointsStub, "ListCheckpoints", request, seconds)
     assert isinstance(answer, cp.ListCheckpointsResponse)
     return answer
 
 
-async def _restore(addresses: Sequence[str], job: str, name: str) -> str:
+async def _restore(coordinators: Coordinators, job: str, name: str) -> str:
     request = cp.RestoreCheckpointRequest(request=header(job), name=name)
-    answer, _ = await ask_coordinator(addresses, CheckpointsStub, "RestoreCheckpoint", request, 3600.0)
+    answer, _ = await ask_coordinator(coordinators, CheckpointsStub, "RestoreCheckpoint", request, 3600.0)
     return str(answer.name)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from paramesh.command_help import PlainCommand
 from paramesh.errors import ParameshError, refuse
+from paramesh.security import Security
 
 from paramesh_coordinator.rebuilding import Choices, Rebuilt, rebuild
 from paramesh_coordinator.rows import PartitionRow, TableRow, encode
@@ -64,7 +65,7 @@ def _rebuild(
     """
     choices = Choices(frozenset(without or ()), accept_loss)
     try:
-        found = asyncio.run(_find(server, job or context.obj.job, choices))
+        found = asyncio.run(_find(server, job or context.obj.job, choices, context.obj.security))
         if yes and not found.problems:
             _write(found, target)
     except ParameshError as error:
@@ -78,9 +79,9 @@ def _rebuild(
         raise typer.Exit(1)
 
 
-async def _find(addresses: list[str], job: str, choices: Choices) -> Rebuilt:
-    testimony, coordinators = await gather(addresses, job)
-    await check_nobody_leads(coordinators, job)
+async def _find(addresses: list[str], job: str, choices: Choices, security: Security) -> Rebuilt:
+    testimony, coordinators = await gather(addresses, job, security)
+    await check_nobody_leads(coordinators, job, security)
     found = rebuild(testimony, choices, round(time.time() * 1000))
     if found.base is not None and found.base.job != job:
         raise refuse("WRONG_CLUSTER", f"the servers follow job {found.base.job!r}, not {job!r}")

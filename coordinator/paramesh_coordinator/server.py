@@ -13,8 +13,9 @@ import contextlib
 import logging
 from pathlib import Path
 
-from paramesh.channel import SERVER_OPTIONS, grpc
+from paramesh.channel import SERVER_OPTIONS, add_port, grpc
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.gate import Gate
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
 
@@ -80,8 +81,9 @@ class CoordinatorServer:
         """
         self._over = asyncio.get_running_loop().create_future()
         # Bound first: a second coordinator on the same address must not raise the term.
-        self._server = grpc.aio.server(interceptors=[typed_errors()], options=SERVER_OPTIONS)
-        self._address = _bind(self._server, self.config.bind)
+        gate = Gate.of(self.config.security)
+        self._server = grpc.aio.server(interceptors=[typed_errors(gate=gate)], options=SERVER_OPTIONS)
+        self._address = _bind(self._server, self.config)
         target = self.config.state
         try:
             if isinstance(target, EtcdTarget) and self._given_store is None:
@@ -166,12 +168,13 @@ def _open(state: object) -> MetaStore:
     return MemoryStore() if state is None else SqliteStore.open(Path(str(state)))
 
 
-def _bind(server: grpc.aio.Server, bind: str) -> str:
+def _bind(server: grpc.aio.Server, config: CoordinatorConfig) -> str:
+    bind = config.bind
     host, wanted = parse_bind(bind)
     why, port = why_not_listen(host, wanted), 0
     if not why:
         try:
-            port = server.add_insecure_port(bind)
+            port = add_port(server, bind, config.security)
         except RuntimeError:
             why = "somebody else came first"
     if not port:

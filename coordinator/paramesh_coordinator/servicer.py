@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from paramesh.channel import check_header, grpc
 from paramesh.errors import ParameshError, refuse
+from paramesh.gate import caller
+from paramesh.listening import is_local_peer
 from paramesh.routing import cut
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
@@ -24,7 +26,7 @@ from paramesh.v1.coordinator_pb2_grpc import (
 
 from paramesh_coordinator import catalog, membership, replicas
 from paramesh_coordinator.autopsy import Autopsies
-from paramesh_coordinator.dialling import check_address, is_gone, is_local_peer
+from paramesh_coordinator.dialling import check_address, is_gone
 from paramesh_coordinator.driver import Driver
 from paramesh_coordinator.rows import ClientState, HostRow, Ref, ServerRow, TableRow
 from paramesh_coordinator.state import NodeKey, table_entry
@@ -119,7 +121,8 @@ class MembershipService(MembershipServicer):
             request.incarnation, request.slot, request.host, request.host_incarnation, request.host_id,
             request.role or "worker",
         )  # fmt: skip
-        client_id = await self._driver.decide(lambda draft: membership.register_client(draft, hello))
+        owner = caller()
+        client_id = await self._driver.decide(lambda draft: membership.register_client(draft, hello, owner))
         return co.RegisterClientResponse(client_id=client_id, map=self._driver.feed.current, **self._terms())
 
     async def Heartbeat(

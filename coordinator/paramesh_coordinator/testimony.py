@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import ParameshError, refuse
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import recovery_pb2 as rc
@@ -31,12 +32,15 @@ LOOK_SECONDS = 2.0
 _GONE = (pb.NODE_STATE_LEFT,)
 
 
-async def gather(addresses: Sequence[str], job: str) -> tuple[list[rc.TestifyResponse], list[str]]:
+async def gather(
+    addresses: Sequence[str], job: str, security: Security = PLAIN
+) -> tuple[list[rc.TestifyResponse], list[str]]:
     """Ask the servers at these addresses, and whomever they know of.
 
     Args:
         addresses: host:port of data or control planes.
         job: the cluster's name.
+        security: of the channels.
 
     Returns:
         One testimony of each process that answered, by name; and the addresses of coordinators
@@ -50,7 +54,7 @@ async def gather(addresses: Sequence[str], job: str) -> tuple[list[rc.TestifyRes
     waiting = list(dict.fromkeys(addresses))
     while waiting:
         asked.update(waiting)
-        said = await asyncio.gather(*(_ask(address, job) for address in waiting))
+        said = await asyncio.gather(*(_ask(address, job, security) for address in waiting))
         for address, answer in zip(waiting, said, strict=True):
             if isinstance(answer, rc.TestifyResponse):
                 found[answer.server.name, answer.server.incarnation] = answer
@@ -73,10 +77,10 @@ def _known(testimony: Iterable[rc.TestifyResponse]) -> set[str]:
     }
 
 
-async def _ask(address: str, job: str) -> rc.TestifyResponse | ParameshError:
+async def _ask(address: str, job: str, security: Security) -> rc.TestifyResponse | ParameshError:
     request = rc.TestifyRequest(request=header(job))
     try:
-        async with aio_channel(address) as channel:
+        async with aio_channel(address, security) as channel:
             answer: rc.TestifyResponse = await RecoveryStub(channel).Testify(request, timeout=SECONDS)
             return answer
     except grpc.RpcError as error:
@@ -86,14 +90,14 @@ async def _ask(address: str, job: str) -> rc.TestifyResponse | ParameshError:
         return told
 
 
-async def check_nobody_leads(coordinators: Collection[str], job: str) -> None:
+async def check_nobody_leads(coordinators: Collection[str], job: str, security: Security = PLAIN) -> None:
     """Refuse while a coordinator runs that servers know: its state is not lost.
 
     Raises:
         StateRefused: STALE_TERM, naming the address.
     """
     for address in coordinators:
-        if await _is_there(address, job):
+        if await _is_there(address, job, security):
             raise refuse(
                 "STALE_TERM",
                 f"a coordinator answers at {address}: with its state nothing is lost. End it first if that is not "
@@ -102,9 +106,9 @@ async def check_nobody_leads(coordinators: Collection[str], job: str) -> None:
             )
 
 
-async def _is_there(address: str, job: str) -> bool:
+async def _is_there(address: str, job: str, security: Security) -> bool:
     try:
-        async with aio_channel(address) as channel:
+        async with aio_channel(address, security) as channel:
             await MapServiceStub(channel).GetMap(
                 co.GetMapRequest(request=header(job)), timeout=LOOK_SECONDS, wait_for_ready=False
             )

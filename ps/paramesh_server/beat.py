@@ -25,8 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paramesh.channel import aio_channel, grpc, header
+from paramesh.identity import Identity as Identified
+from paramesh.identity import Role
 from paramesh.retry import Backoff
 from paramesh.rotation import CAP_S, NEXT_S, Rotation
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1.coordinator_pb2_grpc import MembershipStub
@@ -43,6 +46,9 @@ PAGE_BYTES = 16 << 20
 
 STALE_BEATS = 3
 """Beats that the page may be old: the server's loop writes it every beat, or does nothing at all."""
+
+SECURITY_FLAGS = ("cert", "key", "ca", "token_keys")
+"""Fields of `Security` that the helper is told: paths, no secrets."""
 
 REPORT_S = 5.0
 """How long a death is reported for; after that silence has told it."""
@@ -65,6 +71,8 @@ class Identity:
     """Seconds between beats."""
     timeout: float
     """Seconds without an answer after which another stream is opened."""
+    security: Security = PLAIN
+    """Of the channels to the coordinators."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ async def beat(
         address, wait = turns.address, None
         stream = _Stream(identity, figures, may_beat)
         try:
-            async with aio_channel(address, heartbeat=True) as channel:
+            async with aio_channel(address, identity.security, heartbeat=True) as channel:
                 if await stream.run(channel):
                     on_unknown()
         except (grpc.RpcError, TimeoutError) as error:
@@ -236,7 +244,7 @@ async def _report(identity: Identity, exit_code: int) -> None:
             while True:
                 for address in identity.coordinators.split(","):
                     with contextlib.suppress(grpc.RpcError):
-                        async with aio_channel(address.strip(), heartbeat=True) as channel:
+                        async with aio_channel(address.strip(), identity.security, heartbeat=True) as channel:
                             await MembershipStub(channel).ReportExit(request, timeout=1.0)
                             return
                 await asyncio.sleep(backoff.next())
@@ -274,18 +282,33 @@ def _say(line: bytes) -> None:
         os.write(1, line)
 
 
+def _security(flags: argparse.Namespace) -> Security:
+    """As the parent's; with keys of tokens the helper signs the parent's name."""
+    signs_as = flags.token_keys and Identified(flags.job, Role.SERVER, flags.name)
+    return Security(flags.cert, flags.key, flags.ca, token_keys=flags.token_keys, signs_as=signs_as or None)
+
+
 def main() -> None:
     """The helper's entry point."""
     parser = argparse.ArgumentParser(prog="paramesh_server.beat", description=__doc__)
     for flag in ("coordinators", "job", "name"):
         parser.add_argument(f"--{flag}", required=True)
+    for flag in SECURITY_FLAGS:
+        parser.add_argument(f"--{flag.replace('_', '-')}", default="")
     for flag in ("generation", "incarnation", "parent", "figures-fd"):
         parser.add_argument(f"--{flag}", type=int, required=True)
     for flag in ("interval", "timeout"):
         parser.add_argument(f"--{flag}", type=float, required=True)
     flags = parser.parse_args()
     identity = Identity(
-        flags.coordinators, flags.job, flags.generation, flags.name, flags.incarnation, flags.interval, flags.timeout
+        flags.coordinators,
+        flags.job,
+        flags.generation,
+        flags.name,
+        flags.incarnation,
+        flags.interval,
+        flags.timeout,
+        _security(flags),
     )
     try:
         asyncio.run(_follow(identity, flags.parent, flags.figures_fd))

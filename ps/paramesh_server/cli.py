@@ -31,10 +31,11 @@ HIDDEN = frozenset({"name_patience", "heartbeat"})
 
 GROUPS = {
     "cluster": ("coordinator", "job", "name", "replace"),
-    "addresses": ("bind", "control_bind", "advertise", "insecure"),
+    "addresses": ("bind", "control_bind", "advertise"),
+    "security": ("tls_cert", "tls_key", "tls_ca", "token_keys", "insecure"),
     "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes", "copy_rate"),
     "ending": ("drain_timeout",),
-    "observation": ("metrics_port", "reflection"),
+    "observation": ("metrics_port", "metrics_host", "reflection"),
 }
 """The flags of --help, together with what they are about."""
 
@@ -42,15 +43,21 @@ METAVARS = {
     "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
     "advertise": "HOST", "drain_timeout": "SECONDS", "staged_bytes": "BYTES",
     "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "copy_rate": "BYTES/S",
-    "metrics_port": "PORT",
+    "metrics_port": "PORT", "metrics_host": "HOST", "tls_cert": "FILE", "tls_key": "FILE", "tls_ca": "FILE",
+    "token_keys": "FILE",
 }  # fmt: skip
+
+FROM_ENVIRONMENT = {name: f"PARAMESH_{name.upper()}" for name in ("tls_cert", "tls_key", "tls_ca", "token_keys")}
+"""Variables that stand for flags."""
 
 EXAMPLES = """\
 examples:
   ps-server --coordinator 127.0.0.1:7070
       one server on this machine, on a free port; start as many as there is bandwidth to share
+  ps-server --coordinator host-a:7070 --bind 0.0.0.0:7080 --tls-cert s0.pem --tls-key s0.key --tls-ca ca.pem
+      reachable from other machines, encrypted and authenticated; psctl certs makes the files
   ps-server --coordinator host-a:7070 --bind 0.0.0.0:7080 --insecure
-      reachable from the other machines of a network that you trust
+      the same in the clear, inside a network that you trust
   ps-coordinator --state run.sqlite
       no coordinator yet? it comes first, and workers last: ps-worker --coordinator 127.0.0.1:7070 train.py
 
@@ -95,7 +102,8 @@ def _parameters() -> list[inspect.Parameter]:
         flag = "--" + field.name.replace("_", "-")
         option = typer.Option(
             flag, help=docs[field.name], hidden=field.name in HIDDEN, show_default=_shown(field),
-            metavar=METAVARS.get(field.name), rich_help_panel=group.get(field.name),
+            metavar=METAVARS.get(field.name), envvar=FROM_ENVIRONMENT.get(field.name),
+            rich_help_panel=group.get(field.name),
         )  # fmt: skip
         default: Any = field.default
         if default is dataclasses.MISSING:
@@ -157,7 +165,7 @@ async def _run(config: ServerConfig) -> int:
     torch.set_num_threads(1)
     keep_big_buffers()
     keep_imports()
-    if config.insecure:
+    if config.insecure and not config.security.encrypted:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked, stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()

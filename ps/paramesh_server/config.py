@@ -1,18 +1,20 @@
 """What a server can be told, checked once.
 
 config = ServerConfig(coordinator="127.0.0.1:7070")                       # in-process
-config = ServerConfig(coordinator="10.0.0.1:7070", bind="10.0.0.2:7080", insecure=True)
+config = ServerConfig(coordinator="10.0.0.1:7070", bind="10.0.0.2:7080", tls_cert="s0.pem", tls_key="s0.key",
+                      tls_ca="ca.pem")
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.identity import Identity, Role
 from paramesh.routing import check_name
+from paramesh.security import Security
 
 from paramesh_server.process import memory_bytes
 
@@ -46,8 +48,8 @@ class ServerConfig:
     job: str = "default"
     """The cluster's name; requests that name another are refused with WRONG_CLUSTER."""
 
-    name: str = field(default_factory=_default_name)
-    """This server's name, unique among live servers. Default: host and process id."""
+    name: str = ""
+    """This server's name, unique among live servers. Default: the certificate's name, else host and process id."""
 
     bind: str = "127.0.0.1:0"
     """host:port of the data plane. Port 0 picks a free one, which is logged when serving."""
@@ -80,7 +82,11 @@ class ServerConfig:
     at once. Below the 30 s after which Kubernetes kills."""
 
     metrics_port: int = 0
-    """Port of the Prometheus page on the host of --bind. 0: none."""
+    """Port of the Prometheus page. 0: none."""
+
+    metrics_host: str = "127.0.0.1"
+    """Host of the Prometheus page, which is not encrypted and asks nobody who he is: it has figures, and no names or
+    values of the model."""
 
     heartbeat: str = "process"
     """Who beats: "process", a helper that no busy interpreter holds up; "loop", a task on
@@ -92,19 +98,35 @@ class ServerConfig:
     reflection: bool = False
     """Serve gRPC reflection, for tools such as grpcurl."""
 
+    tls_cert: str = ""
+    """PEM file of this server's certificate, which says who it is and at which hosts it is dialled. Certificate, key
+    and CA encrypt every connection; a changed file is taken up by itself."""
+
+    tls_key: str = ""
+    """PEM file of its key, mode 0600."""
+
+    tls_ca: str = ""
+    """PEM file of the CA that the cluster's certificates are of. Others are refused."""
+
+    token_keys: str = ""
+    """File with the keys of tokens: callers are known by tokens instead of certificates."""
+
     insecure: bool = False
-    """Allows a bind that other machines can reach, although traffic is not encrypted (TLS
-    comes in a later release)."""
+    """Allows a bind that other machines can reach, although traffic is not encrypted."""
 
     name_patience: float = 6.0
     """How long a taken name is asked for again: a server started anew finds its dead
     predecessor alive until the coordinator has noticed the silence."""
 
     def __post_init__(self) -> None:
+        who = self._check_security()
+        if not self.name:
+            object.__setattr__(self, "name", who.name if who is not None else _default_name())
         if not self.coordinator:
             raise _wrong("coordinator", "is missing; say where the coordinator is, such as 127.0.0.1:7070")
         for address in self.coordinator.split(","):
             parse_address("coordinator", address.strip())
+            self.security.check_dial(address.strip())
         for key, bind in (("bind", self.bind), ("control_bind", self.control_bind)):
             if bind or key == "bind":
                 self._check_bind(key, bind)
@@ -134,13 +156,29 @@ class ServerConfig:
             raise _wrong("advertise", f"{self.advertise!r} is a host without a port")
 
     def _check_bind(self, key: str, bind: str) -> None:
-        host, _ = parse_address(key, bind)
-        if not self.insecure and not _is_loopback(host):
-            raise _wrong(
-                key,
-                f"{bind!r} can be reached from other machines and traffic is not encrypted (TLS comes in a later "
-                "release); bind to 127.0.0.1, or pass --insecure inside a network that you trust",
-            )
+        parse_address(key, bind)
+        self.security.check_bind(key, bind, self.insecure)
+
+    def _check_security(self) -> Identity | None:
+        """Who the certificate says that this server is; None without one."""
+        who = self._files.check(Role.SERVER, self.job)
+        if who is not None and self.name and not who.covers(self.name):
+            raise _wrong("name", f"{self.name!r} is not {who.name!r}, whose certificate this is, nor under it")
+        return who
+
+    @property
+    def _files(self) -> Security:
+        return Security(self.tls_cert, self.tls_key, self.tls_ca, token_keys=self.token_keys)
+
+    @property
+    def security(self) -> Security:
+        """Of every port and channel."""
+        if not self.token_keys:
+            return self._files
+        try:
+            return replace(self._files, signs_as=Identity(self.job, Role.SERVER, self.name))
+        except ParameshError as error:
+            raise _wrong("name", str(error)) from None
 
     @property
     def host(self) -> str:
@@ -167,15 +205,6 @@ def parse_address(key: str, address: str) -> tuple[str, int]:
     if int(port) > 65535:
         raise _wrong(key, f"port {port} is above 65535")
     return host, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _wrong(key: str, problem: str) -> ConfigError:

@@ -22,6 +22,8 @@ class Counters:
     """How often values were encoded; pulls of one state share one."""
     refused: Counter[str] = field(default_factory=Counter)
     """Reason -> refusals, of whole calls and of single partitions."""
+    tls_handshakes: int = 0
+    """TLS handshakes that were begun, on both ports; gRPC does not say how they ended."""
     diverged: int = 0
     """Replicas here whose state was found to differ from their primary's."""
     in_flight: int = 0

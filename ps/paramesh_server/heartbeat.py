@@ -17,7 +17,7 @@ from typing import Protocol
 
 from paramesh.retry import Backoff
 
-from paramesh_server.beat import Figures, Identity, Page, beat
+from paramesh_server.beat import SECURITY_FLAGS, Figures, Identity, Page, beat
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class ProcessHeartbeat:
             "timeout": who.timeout,
             "parent": os.getpid(),
             "figures-fd": self._page,
+            **{flag.replace("_", "-"): getattr(who.security, flag) for flag in SECURITY_FLAGS},
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from paramesh.channel import check_header, grpc
-from paramesh.errors import ParameshError, refuse
+from paramesh.errors import AccessDenied, ParameshError, refuse
 from paramesh.framing import Framed, decode, verify
 from paramesh.status import detail_of
 from paramesh.v1 import replication_pb2 as rp
@@ -107,6 +107,8 @@ class Inbound:
                     yield answer
         except StopAsyncIteration:
             return
+        except AccessDenied:
+            raise  # the call's own failure: who may not ask is told nothing of the replica
         except ParameshError as error:
             yield self._refusal(slot, number, error)
 

@@ -29,6 +29,10 @@ class _Collector:
             "paramesh_server_pushes": ("Contributions staged and updates applied.", counters.pushes),
             "paramesh_server_duplicates": ("Requests that had been applied before.", counters.duplicates),
             "paramesh_server_encodings": ("Encodings of values; pulls share them.", counters.encodings),
+            "paramesh_server_tls_handshakes": (
+                "TLS handshakes begun, whether they failed or not.",
+                counters.tls_handshakes,
+            ),
             "paramesh_server_replica_divergence": ("Replicas found to differ from their primary.", counters.diverged),
         }
         for name, (help_text, value) in totals.items():

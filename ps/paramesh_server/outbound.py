@@ -23,6 +23,7 @@ from paramesh.errors import ParameshError, refuse
 from paramesh.framing import DEFAULT_CHECKSUM, FRAME_BYTES, checksum, encode
 from paramesh.retry import Backoff
 from paramesh.routing import Routes
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_detail, from_rpc_error
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
@@ -60,13 +61,20 @@ class Outbound:
     """
 
     def __init__(
-        self, job: str, generation: Callable[[], int], me: Ref, routes: Callable[[], Routes | None], pace: Pace
+        self,
+        job: str,
+        generation: Callable[[], int],
+        me: Ref,
+        routes: Callable[[], Routes | None],
+        pace: Pace,
+        security: Security = PLAIN,
     ) -> None:
         self.me = me
         self.routes = routes
         self.pace = pace
         self._job = job
         self._generation = generation
+        self._security = security
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._senders: dict[tuple[int, Ref], asyncio.Task[None]] = {}
         self._closed = False
@@ -133,7 +141,7 @@ class Outbound:
         if not address:
             raise refuse("UNREACHABLE", f"the map does not say where {ref.node} is", peer=ref.node)
         if address not in self._channels:
-            self._channels[address] = aio_channel(address)
+            self._channels[address] = aio_channel(address, self._security)
         return self._channels[address]
 
     async def close(self) -> None:

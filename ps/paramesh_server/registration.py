@@ -33,7 +33,9 @@ CALL_S = 6.0
 ROUND_S = 5.0
 """How long one round of attempts lasts before the wait is mentioned in the log."""
 
-FATAL = frozenset({"NODE_NAME", "ADDRESS", "WRONG_CLUSTER", "VERSION", "INCARNATION", "NAME", "STALE_TERM"})
+FATAL = frozenset(
+    {"NODE_NAME", "ADDRESS", "WRONG_CLUSTER", "VERSION", "INCARNATION", "NAME", "STALE_TERM", "PERMISSION_DENIED"}
+)
 """Refusals that no waiting cures, beyond `name_patience` for the first two."""
 
 PATIENT = frozenset({"NODE_NAME", "ADDRESS"})
@@ -93,6 +95,7 @@ class Registration:
             self._request.incarnation,
             (answer.heartbeat_interval_ms or 500) / 1000,
             (answer.failure_timeout_ms or 2000) / 1000,
+            self._config.security,
         )
         self._heartbeat = start_heartbeat(self._config.heartbeat, identity, self._figures, self._unknown)
 

@@ -21,9 +21,10 @@ from typing import Any
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh import failpoints
-from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
+from paramesh.channel import SERVER_OPTIONS, add_parameter_server, add_port, grpc, header
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.gate import Gate
 from paramesh.listening import why_not_listen
 from paramesh.routing import Routes
 from paramesh.status import typed_errors
@@ -125,12 +126,12 @@ class ParameterServer:
         """Make the parts and tie them together."""
         config = self.config
         me = pb.ReplicaRef(node=config.name, incarnation=self.incarnation)
-        self._link = CoordinatorLink(config.coordinator, config.job)
+        self._link = CoordinatorLink(config.coordinator, config.job, config.security)
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
         self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced)
         ref = Ref.of(me)
         self._outbound = Outbound(
-            config.job, self._generation, ref, lambda: self._shards.routes, Pace(config.copy_rate)
+            config.job, self._generation, ref, lambda: self._shards.routes, Pace(config.copy_rate), config.security
         )
         self._placement = Placement(
             me, config.job, self._link, self._shards, self._ledger, self._budget, self._outbound.sync
@@ -188,29 +189,30 @@ class ParameterServer:
     def _serve(self) -> None:
         """Make the two gRPC servers and open their ports."""
         config = self.config
-        self._data = self._server(_DATA_SERVICES)
+        gate = Gate.of(config.security)
+        self._data = self._server(_DATA_SERVICES, gate)
         add_parameter_server(_Both(self._plane, Reads(self._plane, self.counters)), self._data)
         self._ledger.register(self._data)
-        self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
+        self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES, gate)
         self._orders.register(self._control)
         self._inbound.register(self._control)
         self._handover.register(self._control)
         self._checkpoints.register(self._control)
         self._recovery.register(self._data, self._control)
         host = config.advertised_host
-        self.address = f"{host}:{_open(self._data, 'bind', config.bind)}"
+        self.address = f"{host}:{self._open(self._data, 'bind', config.bind)}"
         control = config.control_bind or f"{config.host}:0"
-        self.control_address = f"{host}:{_open(self._control, 'control_bind', control)}"
+        self.control_address = f"{host}:{self._open(self._control, 'control_bind', control)}"
         if config.metrics_port:
             try:
                 self._metrics = serve_metrics(
-                    config.host, config.metrics_port, self.counters, self._shards, self._budget
+                    config.metrics_host, config.metrics_port, self.counters, self._shards, self._budget
                 )
             except OSError as error:
                 raise _port_taken("metrics_port", str(config.metrics_port), error.strerror or str(error)) from error
 
-    def _server(self, services: tuple[str, ...]) -> grpc.aio.Server:
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal)])
+    def _server(self, services: tuple[str, ...], gate: Gate | None) -> grpc.aio.Server:
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal, gate)])
         checker = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
         self._checkers = [*getattr(self, "_checkers", []), (checker, services)]
@@ -219,6 +221,18 @@ class ParameterServer:
 
             reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    def _open(self, server: grpc.aio.Server, key: str, bind: str) -> int:
+        why = why_not_listen(*parse_address(key, bind))
+        if why:
+            raise _port_taken(key, bind, why)
+        try:
+            return add_port(server, bind, self.config.security, self._count_handshake)
+        except RuntimeError as error:
+            raise _port_taken(key, bind, "somebody else came first") from error
+
+    def _count_handshake(self) -> None:
+        self.counters.tls_handshakes += 1
 
     def _count_refusal(self, reason: str) -> None:
         self.counters.refused[reason] += 1
@@ -332,14 +346,3 @@ def _port_taken(key: str, address: str, why: str) -> ConfigError:
         f"{key}: {address} cannot be listened on: {why}; is another process there? (ss -ltnp shows it)",
         metadata={"key": key},
     )
-
-
-def _open(server: grpc.aio.Server, key: str, bind: str) -> int:
-    why = why_not_listen(*parse_address(key, bind))
-    if why:
-        raise _port_taken(key, bind, why)
-    try:
-        port: int = server.add_insecure_port(bind)
-    except RuntimeError as error:
-        raise _port_taken(key, bind, "somebody else came first") from error
-    return port

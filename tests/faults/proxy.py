@@ -17,9 +17,15 @@ CHUNK = 64 << 10
 
 
 class Proxy:
-    """Forwards one address; a context manager."""
+    """Forwards one address; a context manager.
 
-    def __init__(self, target: str) -> None:
+    Args:
+        target: host:port.
+        listen: host:port to listen on; port 0: any.
+    """
+
+    def __init__(self, target: str, listen: str = "127.0.0.1:0") -> None:
+        self._listen_on = listen.rpartition(":")
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self.target = target
@@ -48,8 +54,8 @@ class Proxy:
     async def _listen(self) -> None:
         for event in self._open.values():
             event.set()
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._serve, self._listen_on[0], int(self._listen_on[2]))
+        self.address = f"{self._listen_on[0]}:{self._server.sockets[0].getsockname()[1]}"
 
     async def _close(self) -> None:
         self._server.close()
@@ -66,14 +72,18 @@ class Proxy:
         self._writers |= {writer, server_writer}
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(
-                self._pump(reader, server_writer, self._open["up"]),
-                self._pump(server_reader, writer, self._open["down"]),
+                self._pump(reader, server_writer, "up"),
+                self._pump(server_reader, writer, "down"),
             )
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may: asyncio.Event) -> None:
+    def _saw(self, reader: asyncio.StreamReader, direction: str, data: bytes) -> None:
+        """Bytes of a connection, before they go on."""
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(CHUNK):
-                await may.wait()
+                self._saw(reader, direction, data)
+                await self._open[direction].wait()
                 writer.write(data)
                 await writer.drain()
         self._writers.discard(writer)
@@ -96,3 +106,22 @@ class Proxy:
     def silence(self, *, up: bool = False, down: bool = False) -> None:
         """Hold back bytes of a direction, without closing anything; neither: let all pass."""
         self._call(self._set(up, down))
+
+
+class Tap(Proxy):
+    """Keeps what passes, by connection and direction."""
+
+    def __init__(self, target: str, listen: str) -> None:
+        super().__init__(target, listen)
+        self._seen: dict[tuple[int, str], bytearray] = {}
+        self._readers: list[asyncio.StreamReader] = []
+        """Held, so that no two have the same id."""
+
+    def _saw(self, reader: asyncio.StreamReader, direction: str, data: bytes) -> None:
+        if (id(reader), direction) not in self._seen:
+            self._readers.append(reader)
+        self._seen.setdefault((id(reader), direction), bytearray()).extend(data)
+
+    def seen(self, direction: str = "") -> list[bytes]:
+        """All that has passed so far, connection by connection; of one direction if it is named."""
+        return [bytes(data) for (_, way), data in list(self._seen.items()) if direction in ("", way)]

@@ -9,9 +9,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from paramesh.identity import Identity, Role
+from paramesh.tokens import TokenKeys
 
 COORDINATOR = ["-m", "paramesh_coordinator.cli", "--ephemeral"]
 SERVER = ["-m", "paramesh_server.cli"]
@@ -36,7 +39,18 @@ ROWS = [
     (WORKER, [*AT, "-m", "no_such_module"], "no_such_module"),
     (RUN, ["--mode", "magic", __file__], "mode"),
     (RUN, ["-m", "no_such_module"], "no_such_module"),
+    (COORDINATOR, ["--tls-cert", "c.pem"], "--tls-key"),
+    (COORDINATOR, ["--tls-cert", "c.pem", "--tls-key", "c.key", "--tls-ca", "no_such_ca"], "--tls-cert"),
+    (COORDINATOR, ["--bind", "0.0.0.0:7070", "--insecure", "--token-keys", "@keys"], "--token-keys"),
+    (COORDINATOR, ["--token-keys", "@open"], "mode 0644"),
+    (SERVER, [*AT, "--tls-cert", "s.pem", "--tls-ca", "ca.pem"], "--tls-key"),
+    (SERVER, ["--coordinator", "10.0.0.1:7070", "--token-keys", "@keys"], "unencrypted"),
+    (WORKER, [*AT, "--tls-ca", "ca.pem", __file__], "--tls-cert"),
+    (WORKER, ["--coordinator", "10.0.0.1:7070", "--token-file", "@token", __file__], "unencrypted"),
+    (WORKER, [*AT, "--token-file", "@keys", __file__], "--token-file"),
+    (WORKER, [*AT, "--name", "other", "--token-file", "@token", __file__], "--name"),
 ]
+"""Files that begin with @ are made for the test, with that name."""
 
 
 def run(program: list[str], flags: list[str]) -> subprocess.CompletedProcess[str]:
@@ -46,9 +60,19 @@ def run(program: list[str], flags: list[str]) -> subprocess.CompletedProcess[str
     )
 
 
+def secret(folder: Path, name: str) -> Path:
+    """A file of keys or a token; "open" is one of keys that everybody may read."""
+    keys = TokenKeys.fresh()
+    path = folder / name[1:]
+    token = keys.sign(Identity("default", Role.WORKER, "host"), time.time() + 60)
+    path.write_text(token if name == "@token" else keys.text())
+    path.chmod(0o644 if name == "@open" else 0o600)
+    return path
+
+
 @pytest.mark.parametrize(("program", "flags", "named"), ROWS, ids=[f"{p[1]} {' '.join(f)[-40:]}" for p, f, _ in ROWS])
-def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named):
-    ended = run(program, flags)
+def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named, tmp_path):
+    ended = run(program, [str(secret(tmp_path, flag)) if flag[0] == "@" else flag for flag in flags])
     assert ended.returncode == 2, ended.stderr
     assert named in ended.stderr or named.replace("_", "-") in ended.stderr
     assert "Traceback" not in ended.stderr

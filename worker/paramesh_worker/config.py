@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +19,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from paramesh.errors import ConfigError
+from paramesh.identity import Identity, Role
+from paramesh.security import VARIABLES, Security
 
+from .checks import check_address, check_at_least, check_name, check_only_with, check_seconds
 from .command import Command, split
+from .layout import Layout, version
 
 __all__ = ["RunConfig", "WorkerConfig", "flags", "parse"]
 
 MAX_REPLICAS = 7
 """As the coordinator's: every push waits for all of them."""
-
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
-"""As names on the wire, without the slash that separates host and index in a slot."""
 
 
 def option(
@@ -91,6 +90,35 @@ class WorkerConfig:
         kind=str,
         group="cluster",
     )
+    tls_cert: str = option(
+        "",
+        "PEM file of this machine's certificate, for a cluster that encrypts; its processes use it too",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TLS_CERT",
+        group="security",
+    )
+    tls_key: str = option(
+        "", "PEM file of its key, mode 0600", metavar="FILE", kind=str, env="PARAMESH_TLS_KEY", group="security"
+    )
+    tls_ca: str = option(
+        "",
+        "PEM file of the CA that the cluster's certificates are of",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TLS_CA",
+        group="security",
+    )
+    token_file: str = option(
+        "",
+        "file with a token, mode 0600, for a cluster that takes tokens; or the token itself in PARAMESH_TOKEN",
+        metavar="FILE",
+        kind=str,
+        env="PARAMESH_TOKEN_FILE",
+        group="security",
+    )
+    token: str = ""
+    """The token of PARAMESH_TOKEN; no flag, which every user of the machine could read."""
     log_dir: str = option(
         "",
         "write the output of process i to DIR/worker-i.log instead of the console, where its lines start with"
@@ -123,23 +151,46 @@ class WorkerConfig:
         Raises:
             ConfigError: names the flag that is wrong, and what it may be.
         """
-        _at_least("--nproc", self.nproc, 1)
-        _at_least("--max-restarts", self.max_restarts, 0)
-        _seconds("--grace", self.grace)
+        check_at_least("--nproc", self.nproc, 1)
+        check_at_least("--max-restarts", self.max_restarts, 0)
+        check_seconds("--grace", self.grace)
         if not self.coordinator:
             raise ConfigError(
                 "argument --coordinator: say where the cluster is, HOST:PORT (or set PARAMESH_COORDINATOR);"
                 " to train on this machine alone use `python SCRIPT`, for a cluster on this machine `ps-run`"
             )
         for address in self.coordinator.split(","):
-            _address("--coordinator", address)
-        _name("--job", self.job)
+            check_address("--coordinator", address)
+        check_name("--job", self.job)
         if self.tee and not self.log_dir:
             raise ConfigError("argument --tee: needs --log-dir")
+        who = self._checked_security()
         if self.name:
-            _name("--name", self.name)
+            check_name("--name", self.name)
+            if who is not None and not who.covers(self.name):
+                raise ConfigError(
+                    f"argument --name: {self.name!r} is not {who.name!r}, whose certificate or token this is, nor"
+                    " under it"
+                )
             return self
-        return dataclasses.replace(self, name=re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname())[:200] or "host")
+        name = re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname())[:200] or "host"
+        return dataclasses.replace(self, name=name if who is None or who.covers(name) else who.name)
+
+    @property
+    def security(self) -> Security:
+        """Of the channels to the cluster, here and in the training processes."""
+        return Security(self.tls_cert, self.tls_key, self.tls_ca, self.token, self.token_file)
+
+    def _checked_security(self) -> Identity | None:
+        try:
+            who = self.security.check(Role.WORKER, self.job)
+            for address in self.coordinator.split(","):
+                self.security.check_dial(address)
+        except ConfigError as error:
+            key = error.metadata["key"]
+            flag = "--" + key.replace("_", "-")
+            raise ConfigError(f"argument {str(error).replace(f'{key}:', f'{flag}:', 1)}") from None
+        return who
 
 
 @dataclass(frozen=True)
@@ -231,12 +282,12 @@ class RunConfig:
         Raises:
             ConfigError: names the flag that is wrong, and what it may be.
         """
-        _at_least("--servers", self.servers, 1)
-        _at_least("--workers", self.workers, 1)
-        _at_least("--max-restarts", self.max_restarts, 0)
-        _at_least("--replicas", self.replicas, 1)
-        _seconds("--grace", self.grace)
-        _at_least("--checkpoint-keep", self.checkpoint_keep, 1)
+        check_at_least("--servers", self.servers, 1)
+        check_at_least("--workers", self.workers, 1)
+        check_at_least("--max-restarts", self.max_restarts, 0)
+        check_at_least("--replicas", self.replicas, 1)
+        check_seconds("--grace", self.grace)
+        check_at_least("--checkpoint-keep", self.checkpoint_keep, 1)
         if self.checkpoint_every and not re.fullmatch(r"0*[1-9][0-9]{0,8}(s|m|h|steps?)", self.checkpoint_every):
             raise ConfigError(
                 f"argument --checkpoint-every: {self.checkpoint_every!r} is not like 90s, 10m, 2h or 500steps"
@@ -256,11 +307,11 @@ class RunConfig:
                 " their values with them. Name a new file, or leave the flag out"
             )
         if self.staleness is not None:
-            _only_with("--staleness", self.mode, "ssp")
-            _at_least("--staleness", self.staleness, 0)
+            check_only_with("--staleness", self.mode, "ssp")
+            check_at_least("--staleness", self.staleness, 0)
         if self.every is not None:
-            _only_with("--every", self.mode, "local")
-            _at_least("--every", self.every, 1)
+            check_only_with("--every", self.mode, "local")
+            check_at_least("--every", self.every, 1)
         return self
 
 
@@ -269,7 +320,7 @@ Config = TypeVar("Config", WorkerConfig, RunConfig)
 
 def flags(config: type[WorkerConfig] | type[RunConfig]) -> dict[str, bool]:
     """The command line flags of a configuration, each with whether it takes a value."""
-    own = {_flag(each.name): bool(each.metadata["metavar"]) for each in dataclasses.fields(config)}
+    own = {_flag(each.name): bool(each.metadata["metavar"]) for each in _options(config)}
     return {**own, "-h": False, "--help": False, "--version": False}
 
 
@@ -292,14 +343,14 @@ def parse(
         usage=config.usage,
         description=description,
         epilog=examples,
-        formatter_class=_Layout,
+        formatter_class=Layout,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {_version()}", help="show the version and exit"
+        "--version", action="version", version=f"%(prog)s {version()}", help="show the version and exit"
     )
     groups: dict[str, argparse._ActionsContainer] = {"options": parser}
-    for each in dataclasses.fields(config):
+    for each in _options(config):
         group = each.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
@@ -310,18 +361,20 @@ def parse(
         if command is None:
             raise ConfigError("argument SCRIPT: say what to run: a Python file, or -m MODULE")
         command.check()
-        return config(**vars(values)).checked(), command
+        return config(**vars(values), **_secrets(config, environ)).checked(), command
     except ConfigError as error:
         parser.print_usage(sys.stderr)
         parser.exit(2, f"{prog}: error: {error}\n")
 
 
-class _Layout(argparse.RawDescriptionHelpFormatter):
-    """The layout of `paramesh.command_help`: descriptions as written, and room for them."""
+def _options(config: type[WorkerConfig] | type[RunConfig]) -> list[dataclasses.Field[Any]]:
+    """The fields that are flags."""
+    return [each for each in dataclasses.fields(config) if each.metadata]
 
-    def __init__(self, prog: str) -> None:
-        columns = shutil.get_terminal_size().columns - 2
-        super().__init__(prog, max_help_position=28, width=min(columns, 110))
+
+def _secrets(config: type[WorkerConfig] | type[RunConfig], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What is read from the environment only."""
+    return {"token": environ.get(VARIABLES["token"], "").strip()} if config is WorkerConfig else {}
 
 
 def _add(parser: argparse._ActionsContainer, each: dataclasses.Field[Any], environ: Mapping[str, str]) -> None:
@@ -344,39 +397,3 @@ def _add(parser: argparse._ActionsContainer, each: dataclasses.Field[Any], envir
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("paramesh")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _at_least(flag: str, value: int, bound: int) -> None:
-    if value < bound:
-        raise ConfigError(f"argument {flag}: must be at least {bound}, not {value}")
-
-
-def _seconds(flag: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"argument {flag}: must be a number of seconds, 0 or more, not {value}")
-
-
-def _only_with(flag: str, mode: str | None, wanted: str) -> None:
-    # Without --mode the script chooses, and the setting is a default for it.
-    if mode not in (None, wanted):
-        raise ConfigError(f"argument {flag}: only with --mode {wanted}, not with --mode {mode}")
-
-
-def _name(flag: str, value: str) -> None:
-    if not _NAME.fullmatch(value) or ".." in value:
-        raise ConfigError(f"argument {flag}: {value[:80]!r} must match [A-Za-z0-9_.:-]{{1,200}}, without '..'")
-
-
-def _address(flag: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise ConfigError(f"argument {flag}: {address[:80]!r} is not HOST:PORT with a port from 1 to 65535")

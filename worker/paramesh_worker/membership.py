@@ -22,6 +22,7 @@ from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import Action, ParameshError, refuse
 from paramesh.retry import Backoff
 from paramesh.rotation import CAP_S, NEXT_S, Rotation, elsewhere
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as pb
 from paramesh.v1 import coordinator_pb2_grpc as stubs
@@ -52,7 +53,18 @@ Answer = TypeVar("Answer")
 class CoordinatorLink:
     """Registers a host, beats for its processes, reports their ends."""
 
-    def __init__(self, *, addresses: Sequence[str], job: str, name: str, incarnation: int, slots: int, host_id: str):
+    def __init__(
+        self,
+        *,
+        addresses: Sequence[str],
+        job: str,
+        name: str,
+        incarnation: int,
+        slots: int,
+        host_id: str,
+        security: Security = PLAIN,
+    ):
+        self._security = security
         self._turns = Rotation(",".join(addresses))
         self._job = job
         self._name = name
@@ -272,7 +284,7 @@ class CoordinatorLink:
     def _stub(self) -> Any:
         address = self._turns.address
         if address not in self._channels:
-            channel = aio_channel(address, heartbeat=True)
+            channel = aio_channel(address, self._security, heartbeat=True)
             self._channels[address] = (channel, stubs.MembershipStub(channel))
         return self._channels[address][1]
 

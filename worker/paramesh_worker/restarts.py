@@ -25,6 +25,7 @@ HOPELESS = frozenset(
     (
         # The settings, or the releases; values that are lost.
         *("CONFIG", "WRONG_CLUSTER", "VERSION", "UNIMPLEMENTED", "PARTITION_OFFLINE"),
+        "PERMISSION_DENIED",
         # The script.
         *("TENSOR_MISMATCH", "DTYPE", "SHAPE", "NAME", "SCHEMA"),
         *("UNSUPPORTED_OPTIMIZER", "HYPER_PARAMETER", "STATE_TOO_LARGE"),

@@ -56,7 +56,7 @@ _OF_OTHER_JOBS = frozenset(
     "PARAMESH_" + name
     for name in (
         *("COORDINATOR", "JOB", "SLOT", "HOST", "HOST_INCARNATION", "LOCAL_RANK", "RANK", "RESTART"),
-        "ERROR_FILE",
+        *("ERROR_FILE", "TLS_CERT", "TLS_KEY", "TLS_CA", "TOKEN", "TOKEN_FILE", "TOKEN_KEYS"),
     )
 )
 """Variables that an outer job may have set for its own workers; they must not reach this cluster."""

@@ -79,6 +79,7 @@ class Supervisor:
             incarnation=self._incarnation,
             slots=config.nproc,
             host_id=host_id(),
+            security=config.security,
         )
         self._logs: list[BinaryIO] = []
         """One open file per slot when there is a log folder, else empty."""
@@ -209,7 +210,7 @@ class Supervisor:
         process = await nursery.spawn(
             f"worker {index}",
             self._command.argv(sys.executable),
-            env=child_environment(self._environ, place, self._config.nproc),
+            env=child_environment(self._environ, place, self._config.nproc) | self._config.security.environment(),
             sink=sink,
         )
         log.info("started worker=%d pid=%d slot=%s restart=%d", index, process.pid, place.slot, history.total)

@@ -16,6 +16,7 @@ from paramesh.channel import DataPlaneStub, aio_channel, grpc
 from paramesh.encoded import Snapshot
 from paramesh.errors import refuse
 from paramesh.framing import verify
+from paramesh.security import PLAIN, Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import ledger_pb2_grpc
 from paramesh.v1 import parameter_server_pb2 as ps
@@ -29,9 +30,9 @@ Sink = Callable[[int, ps.PullHeader, memoryview], None]
 class GrpcLane:
     """A connection to one server. Create and use it on the IO loop."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, security: Security = PLAIN):
         self.address = address
-        self._channel = aio_channel(address)
+        self._channel = aio_channel(address, security)
         self.data = DataPlaneStub(self._channel)
         self.ledger = ledger_pb2_grpc.LedgerStub(self._channel)
         self._calls: set[asyncio.Task[Any]] = set()

@@ -91,6 +91,9 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_DIVERGED: _Reason.ValueType  # 61
     REASON_DAMAGED: _Reason.ValueType  # 62
     """Checkpoints."""
+    REASON_UNAUTHENTICATED: _Reason.ValueType  # 70
+    """Who asks."""
+    REASON_PERMISSION_DENIED: _Reason.ValueType  # 71
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Reason is the machine key of an error, carried by name (without the prefix) in
@@ -167,4 +170,7 @@ REASON_LOG_GAP: Reason.ValueType  # 60
 REASON_DIVERGED: Reason.ValueType  # 61
 REASON_DAMAGED: Reason.ValueType  # 62
 """Checkpoints."""
+REASON_UNAUTHENTICATED: Reason.ValueType  # 70
+"""Who asks."""
+REASON_PERMISSION_DENIED: Reason.ValueType  # 71
 global___Reason = Reason

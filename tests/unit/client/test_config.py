@@ -6,6 +6,7 @@ import os
 import pytest
 from paramesh.config import ClientConfig
 from paramesh.errors import ConfigError
+from paramesh.security import VARIABLES
 
 FULL = {
     "PARAMESH_COORDINATOR": "a:7070, [::1]:7071",
@@ -21,6 +22,14 @@ FULL = {
     "PARAMESH_EVERY": "8",
     "PARAMESH_JOIN_TIMEOUT": "12.5",
 }
+SECURITY = {
+    "PARAMESH_TLS_CERT": "c.pem",
+    "PARAMESH_TLS_KEY": "c.key",
+    "PARAMESH_TLS_CA": "ca.pem",
+    "PARAMESH_TOKEN": "",
+    "PARAMESH_TOKEN_FILE": "",
+}
+"""All of them are the one field `security`; `test_security.py` has the rest."""
 
 
 def test_nothing_set_is_alone():
@@ -52,7 +61,8 @@ def test_everything_is_read():
 
 
 def test_every_field_has_its_variable():
-    assert len(FULL) == len(dataclasses.fields(ClientConfig))
+    assert len(FULL) == len(dataclasses.fields(ClientConfig)) - 1
+    assert set(SECURITY) == set(VARIABLES.values())
 
 
 @pytest.mark.parametrize(

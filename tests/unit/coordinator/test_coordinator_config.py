@@ -113,6 +113,7 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
         "--start-workers", "--min-workers", "--min-servers", "--replicas",
         "--min-isr", "--rebalance",
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
+        "--tls-cert", "--tls-key", "--tls-ca", "--token-keys",
         "--checkpoint-dir", "--checkpoint-every", "--checkpoint-keep", "--restore",
         "--log-level", "--version",
     }  # fmt: skip
@@ -122,7 +123,15 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
 def test_the_flags_of_psctl_are_frozen(command: str) -> None:
     expected = {"--coordinator", "--job", "--json", "--watch"} | ({"--limit"} if command == "events" else set())
     assert flags(psctl.app, command) == expected
-    assert flags(psctl.app) == {"--coordinator", "--job", "--version"}
+    assert flags(psctl.app) == {
+        "--coordinator",
+        "--job",
+        "--tls-cert",
+        "--tls-key",
+        "--tls-ca",
+        "--token-file",
+        "--version",
+    }
     promote = {"partition", "server", "--accept-loss", "--coordinator", "--job", "--json"}
     assert flags(psctl.app, "promote") == promote
 

@@ -26,7 +26,6 @@ AT = "127.0.0.1:7070"
         ("control_bind", {"control_bind": "[::]:0"}),
         ("job", {"job": "a b"}),
         ("name", {"name": "../x"}),
-        ("name", {"name": ""}),
         ("threads", {"threads": 0}),
         ("staged_bytes", {"staged_bytes": 0}),
         ("in_flight_bytes", {"in_flight_bytes": -1}),
