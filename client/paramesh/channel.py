@@ -49,12 +49,28 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     # Our own clients ping every 10 s; the default minimum (5 min) would cut them off.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Unlimited otherwise. A worker has some ten calls under way; hundreds of them may share a
-    # connection when they share a process.
-    ("grpc.max_concurrent_streams", 2048),
+    # Whoever connects and says nothing holds a descriptor; the default is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Identity only: frames do not shrink, and what is never unpacked cannot be a bomb.
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
+
+MAX_CONNECTIONS = 4096
+"""Of one port. Three times what a thousand workers and their supervisors need; each costs some 40 KiB."""
+
+MAX_STREAMS = 2048
+"""Of one connection; unlimited otherwise. A worker has some ten calls under way; hundreds of them may
+share a connection when they share a process."""
+
+
+def server_options(connections: int = MAX_CONNECTIONS, streams: int = MAX_STREAMS) -> list[tuple[str, int]]:
+    """The settings of one listening port."""
+    return [
+        *SERVER_OPTIONS,
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", streams),
+    ]
+
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_COMMON,

@@ -285,13 +285,19 @@ def host_left(draft: Draft, ref: Ref) -> None:
 # --- clients ---------------------------------------------------------------------------
 
 
-def register_client(draft: Draft, hello: ClientHello) -> int:
+def register_client(draft: Draft, hello: ClientHello, most: int = 1 << 30) -> int:
     """Give a client its id; the same one if it repeats itself.
+
+    Args:
+        draft: the decision.
+        hello: what it says.
+        most: how many may be registered at a time.
 
     Returns:
         The client id.
 
     Raises:
+        StateRefused: QUOTA, if there are that many.
         Fenced: EVICTED, if this very registration was evicted meanwhile.
         StateRefused: UNKNOWN_NODE, if the named supervisor is not live.
         RequestRefused: NAME, INCARNATION.
@@ -312,6 +318,8 @@ def register_client(draft: Draft, hello: ClientHello) -> int:
                 "UNKNOWN_NODE", f"supervisor {hello.host!r} of slot {hello.slot!r} is not registered", host=hello.host
             )
         _evict_older_of_slot(draft, hello)
+    if sum(row.state is ClientState.LIVE for row in draft.rows(ClientRow)) >= most:
+        raise refuse("QUOTA", f"{most} clients are registered, as many as may be (--max-clients)")
     row = ClientRow(draft.count("next_client"), **dataclasses.asdict(hello))
     draft.put(row)
     draft.audit("client_registered", row.slot, client_id=row.client_id, role=row.role, host=row.host)

@@ -13,7 +13,9 @@ import contextlib
 import logging
 from pathlib import Path
 
-from paramesh.channel import SERVER_OPTIONS, grpc
+from paramesh.admission import Bounds, Gate
+from paramesh.channel import grpc, server_options
+from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.listening import why_not_listen
 from paramesh.status import typed_errors
@@ -80,7 +82,9 @@ class CoordinatorServer:
         """
         self._over = asyncio.get_running_loop().create_future()
         # Bound first: a second coordinator on the same address must not raise the term.
-        self._server = grpc.aio.server(interceptors=[typed_errors()], options=SERVER_OPTIONS)
+        gate = Gate(Bounds(self.config.max_calls, self.config.max_uploads))
+        options = server_options(connections_within(self.config.max_connections, 1))
+        self._server = grpc.aio.server(interceptors=[typed_errors(gate=gate)], options=options)
         self._address = _bind(self._server, self.config.bind)
         target = self.config.state
         try:

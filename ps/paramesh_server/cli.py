@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from paramesh.command_help import PlainCommand, version_option
+from paramesh.descriptors import raise_limit
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.memory import keep_big_buffers, keep_imports
 
@@ -32,7 +33,10 @@ HIDDEN = frozenset({"name_patience", "heartbeat"})
 GROUPS = {
     "cluster": ("coordinator", "job", "name", "replace"),
     "addresses": ("bind", "control_bind", "advertise", "insecure"),
-    "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes", "copy_rate"),
+    "resources": ("threads", "staged_bytes", "capacity_bytes", "copy_rate", "memory_watermark"),
+    "limits": (
+        "in_flight_bytes", "max_connections", "max_streams", "max_calls", "max_uploads", "max_queue", "max_lag_bytes",
+    ),
     "ending": ("drain_timeout",),
     "observation": ("metrics_port", "reflection"),
 }
@@ -41,7 +45,8 @@ GROUPS = {
 METAVARS = {
     "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
     "advertise": "HOST", "drain_timeout": "SECONDS", "staged_bytes": "BYTES",
-    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "copy_rate": "BYTES/S",
+    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "max_lag_bytes": "BYTES", "memory_watermark": "SHARE",
+    "copy_rate": "BYTES/S",
     "metrics_port": "PORT",
 }  # fmt: skip
 
@@ -157,6 +162,7 @@ async def _run(config: ServerConfig) -> int:
     torch.set_num_threads(1)
     keep_big_buffers()
     keep_imports()
+    raise_limit()
     if config.insecure:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked, stop = asyncio.Event(), asyncio.Event()

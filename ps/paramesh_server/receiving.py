@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from paramesh.admission import RETRY_MS
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed, verify
 from paramesh.routing import PartitionLayout
@@ -39,17 +40,22 @@ class InFlight:
         self._counters = counters
         self._limit = limit
 
+    def full(self, nbytes: int) -> bool:
+        """Whether so many more would pass the limit."""
+        return self._counters.in_flight + nbytes > self._limit
+
     def take(self, nbytes: int) -> None:
         """Account for received bytes.
 
         Raises:
             Retryable: OVERLOADED; metadata `retry_after_ms` says how long to wait.
         """
-        if self._counters.in_flight + nbytes > self._limit:
+        if self.full(nbytes):
             raise refuse(
                 "OVERLOADED",
-                f"{self._counters.in_flight} bytes of unfinished requests are held, the limit is {self._limit}",
-                retry_after_ms=100,
+                f"{self._counters.in_flight} bytes of unfinished requests are held, the limit is {self._limit} "
+                "(--in-flight-bytes)",
+                retry_after_ms=RETRY_MS,
             )
         self._counters.in_flight += nbytes
         self._counters.bytes_in += nbytes

@@ -21,9 +21,12 @@ from typing import Any
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh import failpoints
-from paramesh.channel import SERVER_OPTIONS, add_parameter_server, grpc, header
+from paramesh.admission import Bounds, Gate
+from paramesh.channel import add_parameter_server, grpc, header, server_options
 from paramesh.coordinator_link import CoordinatorLink
+from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.headroom import Headroom
 from paramesh.listening import why_not_listen
 from paramesh.routing import Routes
 from paramesh.status import typed_errors
@@ -42,7 +45,7 @@ from paramesh_server.inbound import Inbound
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.marks import Marks
-from paramesh_server.metrics import serve_metrics
+from paramesh_server.metrics import Seen, serve_metrics
 from paramesh_server.outbound import Outbound
 from paramesh_server.pace import Pace
 from paramesh_server.placement import LEDGER, Placement
@@ -51,7 +54,8 @@ from paramesh_server.reads import Reads
 from paramesh_server.recovery import Recovery
 from paramesh_server.registration import Registration
 from paramesh_server.replica import Machine, Role
-from paramesh_server.servicer import DataPlane
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
 from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
 from paramesh_server.wishes import Wishes
@@ -84,6 +88,8 @@ class ParameterServer:
         self.counters = Counters()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="paramesh-compute")
         self._budget = Budget(config.staged_bytes)
+        self._gate = Gate(Bounds(config.max_calls, config.max_uploads))
+        self._room = Room(Headroom(config.memory_watermark))
         self._cuts = Cuts()
         self._ended: asyncio.Future[None] | None = None
         self._metrics: Any = None
@@ -127,7 +133,7 @@ class ParameterServer:
         me = pb.ReplicaRef(node=config.name, incarnation=self.incarnation)
         self._link = CoordinatorLink(config.coordinator, config.job)
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
-        self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced)
+        self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced, self._room)
         ref = Ref.of(me)
         self._outbound = Outbound(
             config.job, self._generation, ref, lambda: self._shards.routes, Pace(config.copy_rate)
@@ -145,8 +151,9 @@ class ParameterServer:
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
         self._plane = DataPlane(
-            config.job, self._newest_generation, self._shards, self.counters, config.in_flight_bytes
-        )
+            config.job, self._newest_generation, self._shards, self.counters,
+            PlaneLimits(config.in_flight_bytes, config.max_queue, config.max_lag_bytes), self._room,
+        )  # fmt: skip
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
         self._placement.on_cut = self._cuts.take
         self._recovery = Recovery(
@@ -203,14 +210,14 @@ class ParameterServer:
         self.control_address = f"{host}:{_open(self._control, 'control_bind', control)}"
         if config.metrics_port:
             try:
-                self._metrics = serve_metrics(
-                    config.host, config.metrics_port, self.counters, self._shards, self._budget
-                )
+                seen = Seen(self.counters, self._shards, self._budget, self._gate, self._room)
+                self._metrics = serve_metrics(config.host, config.metrics_port, seen)
             except OSError as error:
                 raise _port_taken("metrics_port", str(config.metrics_port), error.strerror or str(error)) from error
 
     def _server(self, services: tuple[str, ...]) -> grpc.aio.Server:
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal)])
+        options = server_options(connections_within(self.config.max_connections, 2), self.config.max_streams)
+        server = grpc.aio.server(options=options, interceptors=[typed_errors(self._count_refusal, self._gate)])
         checker = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
         self._checkers = [*getattr(self, "_checkers", []), (checker, services)]
@@ -260,6 +267,7 @@ class ParameterServer:
             rss_bytes=rss_bytes(),
             stalled_ms=int(stalled * 1000),
             stalled_at=f"partition {number}" if stalled else "",
+            memory_tight=self._room.tight,
             loads=tuple((slot.number, slot.requests) for slot in led if slot.requests),
         )
 

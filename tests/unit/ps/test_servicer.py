@@ -13,6 +13,7 @@ import torch
 from paramesh.channel import header
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed, checksum, decode, verify
+from paramesh.headroom import Headroom
 from paramesh.routing import Routes
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
@@ -21,7 +22,8 @@ from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
 from paramesh_server.reads import Reads
-from paramesh_server.servicer import DataPlane
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
 from paramesh_server.shards import Shards
 from ps_building import GROUP, fresh, random_gradients, raw, ready, record, table
 
@@ -49,6 +51,10 @@ class Context:
         return self._remaining
 
 
+def limits(in_flight: int = 1 << 30, queue: int = 1024, lag: int = 1 << 28) -> PlaneLimits:
+    return PlaneLimits(in_flight, queue, lag)
+
+
 class Plane:
     """A data plane over some partitions; the map says what else there is."""
 
@@ -68,7 +74,7 @@ class Plane:
         self._take_map()
         for partition in partitions:
             lead_alone(self.shards, partition)
-        self.plane = DataPlane("job", lambda: 3, self.shards, self.counters, in_flight)
+        self.plane = DataPlane("job", lambda: 3, self.shards, self.counters, limits(in_flight), Room(Headroom(0.0)))
         self.reads = Reads(self.plane, self.counters)
 
     def _take_map(self) -> None:
