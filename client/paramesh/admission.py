@@ -44,6 +44,9 @@ PATIENCE_S = 30.0
 """Seconds in which a message that was begun must be here: 16 MiB at 0.6 MB/s. What is slower is no
 training, or holds a place for its own sake."""
 
+SLOW_S = 1.0
+"""Seconds after which a message that is still on its way is slow: those go first when memory is short."""
+
 RETRY_MS = 100
 """How long a refused caller is told to wait: some ten requests later there is room, or nobody's wait helps."""
 
@@ -57,8 +60,9 @@ class Bounds:
     calls: int = 4096
     """Calls of one service: a worker has some ten under way, a few of them waiting at the ledger."""
 
-    uploads: int = 256
-    """Calls whose request is not here in full. Each may hold a message (16 MiB) outside of every other account."""
+    uploads: int = 512
+    """Calls whose request is not here in full. Each may hold a message outside of every other account; an
+    honest one for a few milliseconds, so that hundreds of workers may push at once."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,10 @@ class Call:
     """Empty: it is not counted."""
     reading: bool = False
     """It holds a place among those that are read."""
+    since: float = 0.0
+    """Since when it is read for its next message, by the loop's clock."""
+    wait: asyncio.Timeout | None = None
+    """The patience for that message."""
 
 
 def key_of(method: str) -> str:
@@ -92,7 +100,6 @@ class Gate:
     Attributes:
         offenders: the records of connections.
         calls: under way, by service.
-        uploads: calls whose request is not here in full.
         refused: how many were turned away.
     """
 
@@ -100,9 +107,14 @@ class Gate:
         self.bounds = bounds
         self.offenders = offenders or Offenders()
         self.calls: Counter[str] = Counter()
-        self.uploads = 0
+        self._reading: dict[int, Call] = {}
         self.refused = 0
         self._patience = patience
+
+    @property
+    def uploads(self) -> int:
+        """Calls whose request is not here in full."""
+        return len(self._reading)
 
     def enter(self, method: str) -> Call:
         """Let a call in, and give it a place to be read.
@@ -114,12 +126,17 @@ class Gate:
         if not service:
             return Call("")
         if self.calls[service] >= self.bounds.calls:
-            raise self._full(f"{self.bounds.calls} calls of {service} are under way (--max-calls)")
+            raise self._crowded(f"{self.bounds.calls} calls of {service} are under way (--max-calls)")
         if self.uploads >= self.bounds.uploads:
-            raise self._full(f"{self.bounds.uploads} requests are being read (--max-uploads)")
+            raise self._crowded(f"{self.bounds.uploads} requests are being read (--max-uploads)")
         self.calls[service] += 1
-        self.uploads += 1
-        return Call(service, reading=True)
+        call = Call(service, reading=True)
+        self._reading[id(call)] = call
+        return call
+
+    def _crowded(self, what: str) -> ParameshError:
+        self.end_slow()  # else a few who never finish would keep everybody out
+        return self._full(what)
 
     def _full(self, what: str) -> ParameshError:
         self.refused += 1
@@ -131,20 +148,39 @@ class Gate:
         Raises:
             StopAsyncIteration: there is none.
             Timeout: DEADLINE, it did not come within the patience.
+            Retryable: OVERLOADED, it was slow to come and others were kept out.
         """
         if not call.service:
             return await anext(requests)
+        call.since = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._patience) as call.wait:
                 return await anext(requests)
         except TimeoutError:
-            raise refuse("DEADLINE", f"no whole message came within {self._patience:g} s") from None
+            raise self._too_slow(call) from None
+        finally:
+            call.wait = None
+
+    def _too_slow(self, call: Call) -> ParameshError:
+        waited = asyncio.get_running_loop().time() - call.since
+        if waited < self._patience:  # ended for others' sake
+            return self._full(f"no whole message came within {waited:.1f} s, and places to be read are short")
+        return refuse("DEADLINE", f"no whole message came within {self._patience:g} s")
+
+    def end_slow(self) -> int:
+        """End the calls whose message has been on its way for long; how many there were."""
+        now = asyncio.get_running_loop().time()
+        slow = [call for call in self._reading.values() if call.wait is not None and now - call.since > SLOW_S]
+        for call in slow:
+            assert call.wait is not None
+            call.wait.reschedule(now)
+        return len(slow)
 
     def was_read(self, call: Call) -> None:
         """The whole request is here: its place is free."""
         if call.reading:
             call.reading = False
-            self.uploads -= 1
+            self._reading.pop(id(call), None)
 
     def leave(self, call: Call) -> None:
         """The call has ended, however."""

@@ -63,10 +63,18 @@ MAX_STREAMS = 2048
 share a connection when they share a process."""
 
 
-def server_options(connections: int = MAX_CONNECTIONS, streams: int = MAX_STREAMS) -> list[tuple[str, int]]:
+MAX_REQUEST_BYTES = 8 << 20
+"""Of one message to a server's data port: a frame is 2 MiB, small state 4 MiB. gRPC puts as much together
+for every call that is read before anybody here sees it."""
+
+
+def server_options(
+    connections: int = MAX_CONNECTIONS, streams: int = MAX_STREAMS, request_bytes: int = MAX_MESSAGE_BYTES
+) -> list[tuple[str, int]]:
     """The settings of one listening port."""
     return [
-        *SERVER_OPTIONS,
+        *(option for option in SERVER_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+        ("grpc.max_receive_message_length", request_bytes),
         ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.max_concurrent_streams", streams),
     ]

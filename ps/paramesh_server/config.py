@@ -81,7 +81,7 @@ class ServerConfig:
     """Calls under way of one service (values, ledger). Above it clients are told to wait."""
 
     max_uploads: int = Bounds.uploads
-    """Calls whose request is not here in full; each may hold 16 MiB. Above it clients are told to wait."""
+    """Calls whose request is not here in full; each may hold 8 MiB. Above it clients are told to wait."""
 
     max_queue: int = 1024
     """Pieces of work that wait for one partition. Above it clients are told to wait."""

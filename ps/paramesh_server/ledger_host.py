@@ -19,6 +19,7 @@ from paramesh.channel import grpc
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 from paramesh.v1 import ledger_pb2 as lg
+from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server import ledger_log
@@ -171,6 +172,14 @@ class LedgerHost:
     def serving(self) -> LedgerService | None:
         """The ledger, if it serves here now."""
         return self._service
+
+    def info(self) -> ps.PartitionInfo | None:
+        """Where the ledger is at, if it serves here."""
+        if self._service is None or self.slot is None:
+            return None
+        machine = self.slot.replica.machine
+        digest = bytes.fromhex(self._service.ledger.state_digest())
+        return ps.PartitionInfo(partition=0, epoch=machine.epoch, lsn=machine.log.lsn, state_hash=digest)
 
     async def service(self) -> LedgerService:
         """The ledger, once it serves.

@@ -22,10 +22,11 @@ import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh import failpoints
 from paramesh.admission import Bounds, Gate
-from paramesh.channel import add_parameter_server, grpc, header, server_options
+from paramesh.channel import MAX_REQUEST_BYTES, add_parameter_server, grpc, header, server_options
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.framing import MAX_MESSAGE_BYTES
 from paramesh.headroom import Headroom
 from paramesh.listening import why_not_listen
 from paramesh.routing import Routes
@@ -155,6 +156,7 @@ class ParameterServer:
             PlaneLimits(config.in_flight_bytes, config.max_queue, config.max_lag_bytes), self._room,
         )  # fmt: skip
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
+        self._plane.ledger_info = self._ledger.info
         self._placement.on_cut = self._cuts.take
         self._recovery = Recovery(
             config.job, config.coordinator, lambda: self._registration.hello, lambda: self._shards.routes, self._slots,
@@ -195,7 +197,7 @@ class ParameterServer:
     def _serve(self) -> None:
         """Make the two gRPC servers and open their ports."""
         config = self.config
-        self._data = self._server(_DATA_SERVICES)
+        self._data = self._server(_DATA_SERVICES, MAX_REQUEST_BYTES)
         add_parameter_server(_Both(self._plane, Reads(self._plane, self.counters)), self._data)
         self._ledger.register(self._data)
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES)
@@ -215,8 +217,9 @@ class ParameterServer:
             except OSError as error:
                 raise _port_taken("metrics_port", str(config.metrics_port), error.strerror or str(error)) from error
 
-    def _server(self, services: tuple[str, ...]) -> grpc.aio.Server:
-        options = server_options(connections_within(self.config.max_connections, 2), self.config.max_streams)
+    def _server(self, services: tuple[str, ...], request_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+        connections = connections_within(self.config.max_connections, 2)
+        options = server_options(connections, self.config.max_streams, request_bytes)
         server = grpc.aio.server(options=options, interceptors=[typed_errors(self._count_refusal, self._gate)])
         checker = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
@@ -253,6 +256,8 @@ class ParameterServer:
 
     def _figures(self) -> Figures:
         self._cuts.sweep()
+        if self._room.tight and (ended := self._gate.end_slow()):
+            log.warning("memory tight, ended %d calls whose request was slow to come", ended)
         failpoints.reach("loop")
         now = time.monotonic()
         stalled, number = max(((slot.stalled(now), slot.number) for slot in self._slots()), default=(0.0, 0))

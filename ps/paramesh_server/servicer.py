@@ -109,6 +109,8 @@ class DataPlane:
         self._room = room
         self._in_flight = InFlight(counters, limits.in_flight_bytes)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.ledger_info: Callable[[], ps.PartitionInfo | None] = lambda: None
+        """What `Inspect` says of partition 0, if it is asked for by number."""
 
     def check(self, request: pb.RequestHeader) -> None:
         """Refuse another protocol, job or generation.
@@ -343,7 +345,7 @@ class DataPlane:
         self.check(request.request)
         numbers = list(request.partitions) or sorted(self._shards.held)
         here = [held for number in numbers if (held := self._shards.held.get(number)) and held.replica.serving]
-        infos: list[ps.PartitionInfo] = []
+        infos = [info for number in request.partitions if not number and (info := self.ledger_info()) is not None]
         for held in here:
             with _unless_gone():
                 infos.append(await held.run(partial(_info, held.partition, request.state_hash)))
