@@ -28,6 +28,11 @@ MAX_FRAMES = 64
 """Frames of a partition beyond one per 8 bytes: room for an empty and a few scalar ones."""
 
 
+ASSIGN_COPIES = 8
+"""Times the partition's bytes that one assign may bring: values and the three or four
+states of an optimizer, with room."""
+
+
 class InFlight:
     """Bytes that a server holds of unfinished streams.
 

@@ -29,7 +29,7 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server.counters import Counters
 from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
-from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
+from paramesh_server.receiving import ASSIGN_COPIES, Gathering, Incoming, InFlight, contribution_of, writes_of
 from paramesh_server.requests import Outcome, StagedAt, Update
 from paramesh_server.room import Room
 from paramesh_server.shards import Held, Shards
@@ -39,11 +39,6 @@ H = TypeVar("H", ps.PushHeader, ps.AssignHeader)
 
 GAP_S = 1.0
 """How long a push that came before its predecessor is held: several round trips."""
-
-ASSIGN_COPIES = 8
-"""Times the partition's bytes that one assign may bring: values and the three or four
-states of an optimizer, with room."""
-
 
 _OF_RELEASE = frozenset({"NOT_PRIMARY", "NOT_ENOUGH_REPLICAS"})
 """Reasons of `Slot.released` itself: waiting once more would say the same, later."""
