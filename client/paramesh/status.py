@@ -147,7 +147,9 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """Turns raw requests into messages, one or a stream of them; FORMAT if they are none."""
 
         async def one(data: Any, context: Any, call: Call) -> Any:
-            return _decoded(deserialize, data) if deserialize is not None else data
+            request = _decoded(deserialize, data)
+            self._well_formed(context)
+            return request
 
         async def single(requests: AsyncIterator[bytes], context: Any, call: Call) -> Any:
             request = _decoded(deserialize, await self._first(requests, call))

@@ -88,8 +88,6 @@ CONTROL_ROWS = [
     Row(30, "evict of nobody", "MISSING_FIELD", lambda b: _evict(b, term=2, client=0)),
     Row(35, "fence for another job", "WRONG_CLUSTER", lambda b: _fence(b, header=FOREIGN)),
     Row(35, "evict for another job", "WRONG_CLUSTER", lambda b: _evict(b, header=FOREIGN)),
-    Row(38, "promotion is not served yet", "UNIMPLEMENTED",
-        lambda b: _control(b, "BecomePrimary", replication_pb2.BecomePrimaryRequest(term=99))),
     Row(43, "a live server's name", "NODE_NAME", lambda b: b.register_server(name="server-0", address=b.control)),
     Row(43, "a live supervisor's name", "NODE_NAME", _second_host),
     Row(30, "incarnation 0", "INCARNATION", lambda b: b.register_server(incarnation=0)),

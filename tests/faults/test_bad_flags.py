@@ -47,6 +47,7 @@ def run(program: list[str], flags: list[str]) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(("program", "flags", "named"), ROWS, ids=[f"{p[1]} {' '.join(f)[-40:]}" for p, f, _ in ROWS])
+@pytest.mark.bad_input(73, got="exit 2, key named")
 def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named):
     ended = run(program, flags)
     assert ended.returncode == 2, ended.stderr
