@@ -1,7 +1,7 @@
 """Every call of every service gets messages built at random, and bytes of such ones mutated, at real ports.
 
 Passed is: no status UNKNOWN or INTERNAL and no traceback in a log, the processes live and serve, memory
-is bounded, and a refused call left the state as it was. `FUZZ_SEED=17` repeats a run.
+is bounded, and a refused call left the state as it was. `FUZZ_SEED=17` repeats a run, `FUZZ_EXAMPLES=50` sends more of each.
 """
 
 from __future__ import annotations
@@ -132,29 +132,34 @@ def run(fuzz: Fuzz, seed: int, examples: int) -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     for rpc in calls():
-        count = st.integers(0, 3) if rpc.many else st.just(1)
-
-        @hypothesis.seed(seed)
-        @quick
-        @hypothesis.given(st.data(), count, st.booleans())
-        def one(data: st.DataObject, many: int, change: bool, rpc: Rpc = rpc) -> None:
-            messages = [data.draw(built(rpc.request, header)).SerializeToString() for _ in range(many)]
-            if change:
-                messages = [data.draw(mutated(message)) for message in messages]
-            fuzz.send(rpc, messages)
-
-        one()
+        _examples(fuzz, rpc, header, hypothesis.seed(seed), quick)
     fuzz.healthy()
     grown = {name: nbytes - before[name] for name, nbytes in resident(fuzz.bench.processes).items()}
     print(f"{fuzz.sent} calls, {fuzz.refused} refused, grown by { ({n: g >> 20 for n, g in grown.items()}) } MiB")
     assert max(grown.values()) < GROWTH, grown
 
 
+def _examples(fuzz: Fuzz, rpc: Rpc, header: Any, seeded: Any, settings: hypothesis.settings) -> None:
+    """The examples of one call."""
+    count = st.integers(0, 3) if rpc.many else st.just(1)
+
+    @seeded
+    @settings
+    @hypothesis.given(st.data(), count, st.booleans())
+    def one(data: st.DataObject, many: int, change: bool) -> None:
+        messages = [data.draw(built(rpc.request, header)).SerializeToString() for _ in range(many)]
+        if change:
+            messages = [data.draw(mutated(message)) for message in messages]
+        fuzz.send(rpc, messages)
+
+    one()
+
+
 def test_no_message_breaks_a_server_or_a_coordinator(fuzz: Fuzz) -> None:
     """A few of each, the same at every run."""
-    run(fuzz, int(os.environ.get("FUZZ_SEED", "1")), 5)
+    run(fuzz, int(os.environ.get("FUZZ_SEED", "1")), int(os.environ.get("FUZZ_EXAMPLES", "5")))
 
 
 @pytest.mark.soak
 def test_no_message_breaks_a_server_or_a_coordinator_for_long(fuzz: Fuzz) -> None:
-    run(fuzz, int(os.environ.get("FUZZ_SEED", str(random.SystemRandom().randrange(1 << 32)))), 400)
+    run(fuzz, int(os.environ.get("FUZZ_SEED", str(random.SystemRandom().randrange(1 << 32)))), 100)
