@@ -145,6 +145,10 @@ def reset(stream: int) -> bytes:
     return frame(RESET, (8).to_bytes(4, "big"), stream=stream)
 
 
+ROUND = 64
+"""Frames of 16 KiB that each stream may send between two looks at what the server says."""
+
+
 class Slow:
     """A connection whose streams each begin a message and never end it, as far as the server lets them.
 
@@ -179,9 +183,9 @@ class Slow:
     def press(self, seconds: float) -> None:
         """Send whatever may be sent for so long, or until nothing more may be."""
         end, idle = time.monotonic() + seconds, 0
-        while time.monotonic() < end and idle < 3:
+        while time.monotonic() < end and idle < 10:
             before = self.sent
-            for number in list(self.open):
+            for number in [number for number in self.open for _ in range(ROUND)]:
                 count = min(16384, self.open[number], self._rest[number], self._left)
                 if count > 0:
                     self._put(number, bytes(count))
@@ -191,7 +195,7 @@ class Slow:
     def _hear(self) -> bool:
         """Take in what the server says; whether it said anything."""
         heard = False
-        while (frame := self._raw.read_soon(0.2)) is not None:
+        while (frame := self._raw.read_soon(0.05)) is not None:
             heard = True
             self._take(frame)
         return heard

@@ -1,7 +1,8 @@
 """Every call of every service gets messages built at random, and bytes of such ones mutated, at real ports.
 
 Passed is: no status UNKNOWN or INTERNAL and no traceback in a log, the processes live and serve, memory
-is bounded, and a refused call left the state as it was. `FUZZ_SEED=17` repeats a run, `FUZZ_EXAMPLES=50` sends more of each.
+is bounded, and a refused call left the state as it was. `FUZZ_SEED=17` repeats a run, and
+`FUZZ_EXAMPLES=50` sends more of each.
 """
 
 from __future__ import annotations

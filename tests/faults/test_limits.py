@@ -62,13 +62,15 @@ def test_messages_that_never_end_hold_a_bounded_part_of_memory(bench: ProcessBen
     """gRPC gathers a message outside of every budget of ours: 100 streams held 800 MiB."""
     before = resident(bench)
     slow = Slow(bench.server, path, 100, 7 * MIB)
-    slow.press(10)
-    grown = resident(bench) - before
+    try:
+        slow.press(10)
+        grown = resident(bench) - before
+        # Whoever brings its message is let in, although those who do not had all places.
+        wait_until(lambda: bench.push(sequenced=ps.SequenceKey(seq=1)).lsn, 10, "a push beside them")
+    finally:
+        slow.close()
     assert slow.sent > 60 * MIB, "they did press"
     assert grown < (UPLOADS * 8 + 64) * MIB, f"{grown >> 20} MiB"
-    # Whoever brings its message is let in, although those who do not had all places.
-    wait_until(lambda: bench.push(sequenced=ps.SequenceKey(seq=1)).lsn, 10, "a push beside them")
-    slow.close()
 
 
 def test_calls_beyond_the_limit_are_told_to_wait_and_control_traffic_is_not_counted(bench: ProcessBench) -> None:
