@@ -80,10 +80,10 @@ class Figures:
     stalled_ms: int = 0
     """For how long a piece of work that needs nobody else has been running."""
     stalled_at: str = ""
-    memory_tight: bool = False
-    """It is above its memory watermark: nothing new, please."""
     loads: tuple[tuple[int, int], ...] = ()
     """(partition, requests since it was made) of those that are led here."""
+    memory_tight: bool = False
+    """It is above its memory watermark: nothing new, please."""
 
     def put(self, beat: co.HeartbeatRequest) -> co.HeartbeatRequest:
         """The beat, with these figures."""
