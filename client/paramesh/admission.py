@@ -20,10 +20,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from paramesh.bounds import RETRY_MS, Bounds
 from paramesh.errors import ParameshError, refuse
 from paramesh.offenders import Offenders
 
-__all__ = ["CONTROL", "LIMITED", "Bounds", "Call", "Gate", "key_of"]
+__all__ = ["CONTROL", "LIMITED", "Call", "Gate", "key_of"]
 
 CONTROL = frozenset({
     "Membership.RegisterServer", "Membership.RegisterHost", "Membership.Heartbeat", "Membership.ReportExit",
@@ -47,22 +48,7 @@ training, or holds a place for its own sake."""
 SLOW_S = 1.0
 """Seconds after which a message that is still on its way is slow: those go first when memory is short."""
 
-RETRY_MS = 100
-"""How long a refused caller is told to wait: some ten requests later there is room, or nobody's wait helps."""
-
 _PREFIX = "/paramesh.v1."
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How much at once."""
-
-    calls: int = 4096
-    """Calls of one service: a worker has some ten under way, a few of them waiting at the ledger."""
-
-    uploads: int = 512
-    """Calls whose request is not here in full. Each may hold a message outside of every other account; an
-    honest one for a few milliseconds, so that hundreds of workers may push at once."""
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import grpc as grpc
 import grpc.aio  # registers grpc.aio
 
+from paramesh.bounds import MAX_CONNECTIONS, MAX_STREAMS
 from paramesh.errors import refuse
 from paramesh.framing import MAX_MESSAGE_BYTES, Framed, decode
 from paramesh.v1 import parameter_server_pb2 as ps
@@ -54,14 +55,6 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     # Identity only: frames do not shrink, and what is never unpacked cannot be a bomb.
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
-
-MAX_CONNECTIONS = 4096
-"""Of one port. Three times what a thousand workers and their supervisors need; each costs some 40 KiB."""
-
-MAX_STREAMS = 2048
-"""Of one connection; unlimited otherwise. A worker has some ten calls under way; hundreds of them may
-share a connection when they share a process."""
-
 
 MAX_REQUEST_BYTES = 8 << 20
 """Of one message to a server's data port: a frame is 2 MiB, small state 4 MiB. gRPC puts as much together

@@ -13,8 +13,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from paramesh.admission import Bounds
-from paramesh.channel import MAX_CONNECTIONS
+from paramesh.bounds import MAX_CONNECTIONS, Bounds
 from paramesh.errors import ConfigError
 from paramesh.routing import NAME
 

@@ -13,7 +13,8 @@ import contextlib
 import logging
 from pathlib import Path
 
-from paramesh.admission import Bounds, Gate
+from paramesh.admission import Gate
+from paramesh.bounds import Bounds
 from paramesh.channel import grpc, server_options
 from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError

@@ -11,8 +11,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from paramesh.admission import Bounds
-from paramesh.channel import MAX_CONNECTIONS, MAX_STREAMS
+from paramesh.bounds import MAX_CONNECTIONS, MAX_STREAMS, Bounds
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.routing import check_name
 

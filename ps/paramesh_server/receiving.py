@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from paramesh.admission import RETRY_MS
+from paramesh.bounds import RETRY_MS
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed, verify
 from paramesh.routing import PartitionLayout

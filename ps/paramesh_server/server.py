@@ -21,7 +21,8 @@ from typing import Any
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh import failpoints
-from paramesh.admission import Bounds, Gate
+from paramesh.admission import Gate
+from paramesh.bounds import Bounds
 from paramesh.channel import MAX_REQUEST_BYTES, add_parameter_server, grpc, header, server_options
 from paramesh.coordinator_link import CoordinatorLink
 from paramesh.descriptors import connections_within

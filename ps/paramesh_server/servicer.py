@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from paramesh import hyper
-from paramesh.admission import RETRY_MS
+from paramesh.bounds import RETRY_MS
 from paramesh.channel import check_header, grpc
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed

@@ -20,7 +20,7 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from paramesh import failpoints
-from paramesh.admission import RETRY_MS
+from paramesh.bounds import RETRY_MS
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 from paramesh.v1 import types_pb2 as pb

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from paramesh.admission import CONTROL, LIMITED, Bounds, Gate, key_of
+from paramesh.admission import CONTROL, LIMITED, Gate, key_of
+from paramesh.bounds import Bounds
 from paramesh.errors import ParameshError, refuse
 from paramesh.offenders import CUT, FREE, Offenders
 from paramesh.retry import TOLD_MAX_S, told_to_wait
