@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEEDS ?= 200
 export GLOO_SOCKET_IFNAME := lo
 
-.PHONY: help install demo test test-etcd check bench soak protos protos-check docs clean
+.PHONY: help install demo test bad-input test-etcd check bench soak protos protos-check docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: install ## a coordinator, 2 servers and 2 workers train handwritten digits
 
 test: install ## the whole suite, under 12 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m 'not soak'
+
+bad-input: install ## the 73 rows of the bad-input matrix on real processes, as a table: input, expected, got
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests --bad-input
 
 test-etcd: install ## the tests of several coordinators on a real etcd; fails where there is none
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m etcd

@@ -14,7 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; exit 1 if its parameters did not end right."""
     arguments = _parser().parse_args(argv)
     benchmarks = {
-        "dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "grow": _grow, "limits": _limits,
+        "dense": _dense, "alone": _alone, "failover": _failover, "moves": _moves, "grow": _grow, "flood": _flood,
+        "limits": _limits,
     }  # fmt: skip
     result = benchmarks[arguments.benchmark](arguments)
     if arguments.json:
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--partitions", type=int, default=16)
     grow.add_argument("--replicas", default="1,2", help="such as 1,2")
     grow.add_argument("--copy-rates", default="0,64", help="MiB/s of ps-server --copy-rate, 0: as fast as it goes")
+    flood = commands.add_parser("flood", parents=[common], help="training beside hostile clients, real processes")
+    flood.add_argument("--seconds", type=float, default=30.0, help="of one window, calm or flooded")
+    flood.add_argument("--pairs", type=int, default=3, help="of windows")
+    flood.add_argument("--clients", type=int, default=64)
+    flood.add_argument("--idle", type=int, default=1000)
     commands.add_parser("alone", parents=[common], help="without a cluster, against plain torch")
     commands.add_parser("limits", parents=[common], help="the machine's limits only")
     return parser
@@ -89,6 +95,12 @@ def _grow(arguments: argparse.Namespace) -> dict[str, Any]:
     replicas = [int(count) for count in arguments.replicas.split(",")]
     rates = [int(rate) for rate in arguments.copy_rates.split(",")]
     return grow.run(arguments.mib, arguments.partitions, replicas, rates)
+
+
+def _flood(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import flood
+
+    return flood.run(arguments.seconds, arguments.pairs, arguments.clients, arguments.idle)
 
 
 def _alone(_arguments: argparse.Namespace) -> dict[str, Any]:

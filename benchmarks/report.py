@@ -21,6 +21,11 @@ def show(benchmark: str, result: dict[str, Any]) -> None:
 
         failover.show(console, result)
         return
+    if benchmark == "flood":
+        from benchmarks import flood
+
+        flood.show(console, result)
+        return
     if benchmark == "moves":
         _show_moves(console, result)
         return

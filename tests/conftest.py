@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.cluster import etcd  # noqa: E402
 from tests.cluster.handle import ClusterHandle  # noqa: E402
+from tests.faults.matrix import rows_of  # noqa: E402
 
 # An example that is slow because the machine is busy is no failure: no test depends on the clock.
 # A failing one prints the blob that reproduces it.
@@ -88,12 +89,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.when == "call":
         item.report_of_call = report  # type: ignore[attr-defined]
+    report.user_properties.extend(("bad_input", row) for row in rows_of(item).items())
     return report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--bad-input`: the tests of the bad-input matrix only, and the table of what came."""
+    parser.addoption("--bad-input", action="store_true", help="run the bad-input matrix and print its table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """A hang shows where every thread stands (pytest-timeout uses it too)."""
     faulthandler.enable()
+    if config.getoption("--bad-input") and not hasattr(config, "workerinput"):
+        from tests.bad_input_report import BadInput
+
+        config.pluginmanager.register(BadInput())  # where reports arrive: with xdist not where tests run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -103,5 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "etcd" not in asked and not etcd.available():
         left_out.add("etcd")
     apart = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if config.getoption("--bad-input"):
+        apart += [item for item in items if item not in apart and not rows_of(item)]
     config.hook.pytest_deselected(items=apart)
     items[:] = [item for item in items if item not in apart]

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import grpc as grpc
 import grpc.aio  # registers grpc.aio
 
+from paramesh.bounds import MAX_CONNECTIONS, MAX_STREAMS
 from paramesh.errors import refuse
 from paramesh.framing import MAX_MESSAGE_BYTES, Framed, decode
 from paramesh.security import PLAIN, Security
@@ -50,12 +51,28 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     # Our own clients ping every 10 s; the default minimum (5 min) would cut them off.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Unlimited otherwise. A worker has some ten calls under way; hundreds of them may share a
-    # connection when they share a process.
-    ("grpc.max_concurrent_streams", 2048),
+    # Whoever connects and says nothing holds a descriptor; the default is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Identity only: frames do not shrink, and what is never unpacked cannot be a bomb.
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
+
+MAX_REQUEST_BYTES = 8 << 20
+"""Of one message to a server's data port: a frame is 2 MiB, small state 4 MiB. gRPC puts as much together
+for every call that is read before anybody here sees it."""
+
+
+def server_options(
+    connections: int = MAX_CONNECTIONS, streams: int = MAX_STREAMS, request_bytes: int = MAX_MESSAGE_BYTES
+) -> list[tuple[str, int]]:
+    """The settings of one listening port."""
+    return [
+        *(option for option in SERVER_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+        ("grpc.max_receive_message_length", request_bytes),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", streams),
+    ]
+
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_COMMON,

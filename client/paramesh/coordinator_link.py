@@ -15,7 +15,7 @@ from typing import Any
 
 from paramesh.channel import aio_channel, grpc, header
 from paramesh.errors import Action, ParameshError, refuse
-from paramesh.retry import Backoff
+from paramesh.retry import Backoff, told_to_wait
 from paramesh.rotation import CAP_S, NEXT_S, Rotation, elsewhere
 from paramesh.routing import Routes
 from paramesh.security import PLAIN, Security
@@ -109,7 +109,7 @@ class CoordinatorLink:
                 warn_at = time.monotonic() + 2 * _WARN_AFTER_S
             # Another call may have turned already: two turns would skip an address.
             wait = self._turns.failed(error) if address == self.address else 0.0
-            await asyncio.sleep(max(wait, NEXT_S))
+            await asyncio.sleep(max(wait, NEXT_S, told_to_wait(error)))
 
     def _answered(self, address: str) -> None:
         if address == self.address:

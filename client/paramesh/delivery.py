@@ -18,7 +18,7 @@ from paramesh.coordinator_link import CoordinatorLink
 from paramesh.errors import Action, ParameshError, PartitionOffline, Retryable, refuse
 from paramesh.lanes.grpc_lane import GrpcLane
 from paramesh.ledger_client import LedgerClient
-from paramesh.retry import Backoff
+from paramesh.retry import Backoff, told_to_wait
 from paramesh.routing import Routes
 from paramesh.v1 import ledger_pb2
 from paramesh.v1 import types_pb2 as pb
@@ -227,9 +227,9 @@ class Delivery(abc.ABC):
             if error.reason == "NOT_STAGED":
                 brought |= await self._mend_staging(partition, error, group, records)
         wait = min(backoff.next(), BROUGHT_S) if brought else backoff.next()
-        told = [int(e.metadata["retry_after_ms"]) for e in failed.values() if "retry_after_ms" in e.metadata]
+        told = max(map(told_to_wait, failed.values()))
         if told:
-            await asyncio.sleep(max(told) / 1000)
+            await asyncio.sleep(told)
         elif reasons & {"UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY", "PARTITION_OFFLINE"}:
             if await self.link.wait_for_map(version, wait):
                 backoff.reset()  # it moved: whatever is refused next has not been waited for yet

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from paramesh.errors import Action, ParameshError, refuse
-from paramesh.retry import Backoff
+from paramesh.retry import Backoff, told_to_wait
 from paramesh.v1 import ledger_pb2 as pb
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class LedgerClient:
                 log.warning("waiting call=%s seconds=%d why=%s", method, now - started, last)
             if last.reason == "WAITING_FOR_WORKERS":
                 continue  # a long poll that ended is repeated at once
-            wait = min(backoff.next(), max(0.0, deadline - now))
+            wait = min(max(backoff.next(), told_to_wait(last)), max(0.0, deadline - now))
             if last.action is not Action.REFRESH and last.reason != "UNREACHABLE":
                 await asyncio.sleep(wait)
             elif await self._client.link.wait_for_map(version, wait):

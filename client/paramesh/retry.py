@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import random
 
+from paramesh.errors import ParameshError
+
+TOLD_MAX_S = 10.0
+"""Nobody is told to wait longer, whoever tells."""
+
 REPEATABLE: dict[str, str] = {
     "ParameterServer.Push": "staged: by (step, attempt); sequenced: by seq and digest",
     "ParameterServer.Pull": "reads",
@@ -65,6 +70,18 @@ CONSUMED = frozenset({"CODEC", "PAYLOAD_SIZE", "TENSOR_MISMATCH", "HYPER_PARAMET
 """Reasons for which a sequenced push can never be applied, however often it comes: the server puts
 a NOOP in its place, the client goes on with the next seq. Both sides read this one list: if they
 differed, the next push would come under a number that is taken."""
+
+
+def told_to_wait(error: ParameshError) -> float:
+    """Seconds that a refusal asks its caller to wait; 0 if it does not say.
+
+    With up to half more by chance: those who were refused together do not come back together.
+    """
+    try:
+        told = float(error.metadata.get("retry_after_ms", "0")) / 1000
+    except ValueError:
+        return 0.0
+    return min(max(told, 0.0), TOLD_MAX_S) * random.uniform(1.0, 1.5)
 
 
 class Backoff:

@@ -6,6 +6,9 @@ metadata}`; anything else leaves as INTERNAL with an opaque id, and its tracebac
 the log (grpcio would send the exception's text to the client).
 
 In: `from_rpc_error(error)` gives the typed error back.
+
+The same interceptor is where calls are let in (`admission`), and where connections that send what
+is no request are held back (`offenders`): it alone sees every call before its request is read.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from paramesh.admission import Admission, Call, key_of
 from paramesh.channel import grpc
 from paramesh.errors import REASONS, ParameshError, refuse
 from paramesh.gate import Gate
+from paramesh.offenders import OFFENCES
 from paramesh.v1 import types_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -28,6 +33,9 @@ log = logging.getLogger(__name__)
 DOMAIN = "paramesh"
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""How gRPC itself spells when to repeat; for clients that are not ours."""
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _BROKEN = ("Internal error from Core", "Received RST_STREAM", "Stream removed")
 """What grpcio says, with INTERNAL or UNKNOWN, of a connection that was reset under a stream."""
@@ -56,17 +64,30 @@ def _details(error: ParameshError) -> bytes:
 
 async def abort(context: grpc.aio.ServicerContext, error: ParameshError) -> None:
     """End a call with a typed error; raises, as gRPC's own abort does."""
-    await context.abort(
-        _CODES[error.code], str(error)[:_MESSAGE_LIMIT], trailing_metadata=((_DETAILS_KEY, _details(error)),)
-    )
+    trailing: tuple[tuple[str, str | bytes], ...] = ((_DETAILS_KEY, _details(error)),)
+    if "retry_after_ms" in error.metadata:
+        trailing += ((_PUSHBACK_KEY, error.metadata["retry_after_ms"]),)
+    await context.abort(_CODES[error.code], str(error)[:_MESSAGE_LIMIT], trailing_metadata=trailing)
+
+
+_Check = Callable[[Any], None]
+"""Refuses a message by raising."""
+
+_Read = Callable[[Any, Any, Call, _Check], Awaitable[Any]]
+"""(raw request or requests, context, call, check) -> the handler's first argument."""
+
+
+def _anything(_message: Any) -> None:
+    """Without a gate every message may come."""
 
 
 class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every coroutine or async-generator handler; others pass through."""
 
-    def __init__(self, on_error: Callable[[str], None] | None, gate: Gate | None):
+    def __init__(self, on_error: Callable[[str], None] | None, gate: Gate | None, admission: Admission | None):
         self._on_error = on_error
         self._gate = gate
+        self._admission = admission
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -74,104 +95,165 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None:
             return None
-        if handler.unary_unary:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-        elif handler.unary_stream:
-            make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-        elif handler.stream_unary:
-            make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-        else:
-            make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if not (inspect.isasyncgenfunction(behaviour) or inspect.iscoroutinefunction(behaviour)):
+            return handler
+        # Served as a stream even if it is a single request: grpcio would read that one by itself, for ever and
+        # before anybody is asked. On the wire they are the same.
+        gated = self._admission is not None and bool(key_of(details.method))
+        streamed = handler.request_streaming or gated
+        make = _MAKERS[bool(streamed), bool(handler.response_streaming)]
         # Decoded here and not by grpcio, which answers undecodable bytes of a single request with
         # UNKNOWN and the exception's text.
-        read = _reader(handler.request_deserializer, handler.request_streaming)
-        wrapped = self._wrap(behaviour, details.method, self._guarded(read, details.method))
-        return make(wrapped, None, handler.response_serializer)
+        read = self._reader(handler.request_deserializer, handler.request_streaming, streamed)
+        return make(self._wrap(behaviour, details.method, read), None, handler.response_serializer)
 
-    def _guarded(self, read: Callable[[Any, _Check], Any], method: str) -> Callable[[Any, Any], Any]:
-        """Reads requests of callers that may make this call, in their own name."""
-        gate = self._gate
-        if gate is None:
-            return lambda request, context: read(request, _anything)
-
-        def enter(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            identity = gate.enter(method, context)
-            return read(request, lambda message: gate.check(identity, method, message, context))
-
-        return enter
-
-    def _wrap(self, behaviour: Any, method: str, read: Callable[[Any, Any], Any]) -> Any:
+    def _wrap(self, behaviour: Any, method: str, read: _Read) -> Any:
         if inspect.isasyncgenfunction(behaviour):
 
             async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
+                call = Call("")
                 try:
-                    async for response in behaviour(read(request, context), context):
+                    check, call = self._known(method, context), self._enter(method)
+                    async for response in behaviour(await read(request, context, call, check), context):
                         yield response
                 except Exception as exc:
-                    await self._leave(exc, context, method)
+                    await self._leave(exc, context, method, call)
+                finally:
+                    self._left(call)
 
             return stream
-        if inspect.iscoroutinefunction(behaviour):
 
-            async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                try:
-                    return await behaviour(read(request, context), context)
-                except Exception as exc:
-                    await self._leave(exc, context, method)
+        async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            call = Call("")
+            try:
+                check, call = self._known(method, context), self._enter(method)
+                return await behaviour(await read(request, context, call, check), context)
+            except Exception as exc:
+                await self._leave(exc, context, method, call)
+            finally:
+                self._left(call)
 
-            return unary
+        return unary
 
-        def other(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            return behaviour(read(request, context), context)
+    def _known(self, method: str, context: grpc.aio.ServicerContext) -> _Check:
+        """Who calls may do so; what looks at each message, which must be in the caller's own name."""
+        gate = self._gate
+        if gate is None:
+            return _anything
+        identity = gate.enter(method, context)
+        return lambda message: gate.check(identity, method, message, context)
 
-        return other
+    def _enter(self, method: str) -> Call:
+        return Call("") if self._admission is None else self._admission.enter(method)
 
-    async def _leave(self, exc: Exception, context: grpc.aio.ServicerContext, method: str) -> None:
+    def _left(self, call: Call) -> None:
+        if self._admission is not None:
+            self._admission.leave(call)
+
+    async def _leave(self, exc: Exception, context: grpc.aio.ServicerContext, method: str, call: Call) -> None:
         if isinstance(exc, grpc.aio.AbortError | grpc.aio.UsageError):
             raise exc
         error = exc if isinstance(exc, ParameshError) else _internal(exc, method)
         if self._on_error is not None:
             self._on_error(error.reason)
+        self._left(call)  # whoever is held back holds nobody up
+        if self._admission is not None and error.reason in OFFENCES:
+            await self._admission.offenders.offended(context.peer())
         await abort(context, error)
 
+    def _reader(self, deserialize: Callable[[bytes], Any] | None, streaming: bool, streamed: bool) -> _Read:
+        """Turns raw requests into messages, one or a stream of them; FORMAT if they are none."""
 
-_Check = Callable[[Any], None]
-"""Refuses a message by raising."""
+        async def one(data: Any, context: Any, call: Call, check: _Check) -> Any:
+            request = _decoded(deserialize, data, check)
+            self._well_formed(context)
+            return request
 
+        async def single(requests: AsyncIterator[bytes], context: Any, call: Call, check: _Check) -> Any:
+            request = _decoded(deserialize, await self._first(requests, call), check)
+            self._well_formed(context)
+            assert self._admission is not None
+            self._admission.was_read(call)
+            return request
 
-def _anything(_message: Any) -> None:
-    """Without a gate every message may come."""
+        async def many(requests: AsyncIterator[bytes], context: Any, call: Call, check: _Check) -> Any:
+            return self._messages(requests, deserialize, context, call, check)
 
+        if streaming:
+            return many
+        return single if streamed else one
 
-def _reader(deserialize: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[Any, _Check], Any]:
-    """Turns raw requests into messages that were looked at, one or a stream of them; FORMAT if they are none."""
+    async def _first(self, requests: AsyncIterator[bytes], call: Call) -> bytes:
+        assert self._admission is not None
+        try:
+            data: bytes = await self._admission.read(call, aiter(requests))
+        except StopAsyncIteration:
+            # None was sent, or gRPC has refused one that is too large and says so itself.
+            raise refuse("FORMAT", "the call brought no message") from None
+        return data
 
-    def one(data: bytes, check: _Check) -> Any:
-        if deserialize is None:
-            message: Any = data
-        else:
+    async def _messages(
+        self,
+        requests: AsyncIterator[bytes],
+        deserialize: Callable[[bytes], Any] | None,
+        context: Any,
+        call: Call,
+        check: _Check,
+    ) -> AsyncIterator[Any]:
+        stream, known = aiter(requests), False
+        while True:
             try:
-                message = deserialize(data)
-            except DecodeError as exc:
-                raise refuse("FORMAT", f"{len(data)} bytes that are no such message: {exc}") from None
-        check(message)
-        return message
+                data = await anext(stream) if self._admission is None else await self._admission.read(call, stream)
+            except StopAsyncIteration:
+                break
+            message = _decoded(deserialize, data, check)
+            if not known:
+                known = True
+                self._well_formed(context)
+            yield message
+        if call.service and not known:
+            raise refuse("FORMAT", "the call brought no message")
+        if self._admission is not None:
+            self._admission.was_read(call)
 
-    async def many(requests: AsyncIterator[bytes], check: _Check) -> AsyncIterator[Any]:
-        async for data in requests:
-            yield one(data, check)
-
-    return many if streaming else one
+    def _well_formed(self, context: Any) -> None:
+        if self._admission is not None and self._admission.offenders.watching:
+            self._admission.offenders.forgive(context.peer())
 
 
-def typed_errors(on_error: Callable[[str], None] | None = None, gate: Gate | None = None) -> grpc.aio.ServerInterceptor:
+_MAKERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""(request is a stream, response is a stream) -> what makes the handler."""
+
+
+def _decoded(deserialize: Callable[[bytes], Any] | None, data: bytes, check: _Check) -> Any:
+    if deserialize is None:
+        message: Any = data
+    else:
+        try:
+            message = deserialize(data)
+        except DecodeError as exc:
+            raise refuse("FORMAT", f"{len(data)} bytes that are no such message: {exc}") from None
+    check(message)
+    return message
+
+
+def typed_errors(
+    on_error: Callable[[str], None] | None = None, gate: Gate | None = None, admission: Admission | None = None
+) -> grpc.aio.ServerInterceptor:
     """The interceptor for aio servers.
 
     Args:
         on_error: called with the reason of every refused call, for metrics.
         gate: decides who may call what; None: everybody may.
+        admission: counts what is under way; None: there is no bound.
     """
-    return _TypedErrors(on_error, gate)
+    return _TypedErrors(on_error, gate, admission)
 
 
 def from_rpc_error(exc: grpc.RpcError, peer: str = "") -> ParameshError:

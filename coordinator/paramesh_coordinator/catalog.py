@@ -7,7 +7,7 @@ writes the table and all its partitions in one decision.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from paramesh.errors import refuse
@@ -23,12 +23,17 @@ from paramesh_coordinator.state import ClusterState, Draft
 __all__ = ["Limits", "admit", "create_table", "find_table", "form_ledger", "loads_of", "table_spec"]
 
 
+TIGHT_RETRY_MS = 1000
+"""How long who is refused for want of memory is told to wait: it is given back by people, not in milliseconds."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a job may hold."""
 
     table_bytes: int
     partitions: int
+    tables: int = 1 << 30
 
 
 def admit(spec: pb.TableSpec, limits: Limits) -> None:
@@ -130,7 +135,9 @@ def _has_ledger(draft: Draft) -> bool:
     return any(row.partition == LEDGER for row in draft.rows(PartitionRow))
 
 
-def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits: Limits) -> TableRow:
+def create_table(
+    draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits: Limits, tight: Collection[Ref] = ()
+) -> TableRow:
     """Write a table and place its partitions; the existing one if it is the same.
 
     Args:
@@ -138,9 +145,11 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
         spec: admitted.
         sizes: bytes of each partition, as `routing.cut` has them.
         limits: the job's.
+        tight: servers above their memory watermark, which get nothing.
 
     Raises:
         StateRefused: SCHEMA, QUOTA.
+        Retryable: OVERLOADED, if all servers are.
         Retryable: NOT_READY, while there are too few servers to place on.
     """
     known = find_table(draft.rows(TableRow), spec)
@@ -151,6 +160,15 @@ def create_table(draft: Draft, spec: pb.TableSpec, sizes: Sequence[int], limits:
         raise refuse("NOT_READY", f"table {spec.name!r} waits until {draft.job.restoring} is restored")
     if not servers or not _has_ledger(draft):
         raise refuse("NOT_READY", f"table {spec.name!r} waits for servers; {len(servers)} registered so far")
+    if len(draft.rows(TableRow)) >= limits.tables:
+        raise refuse("QUOTA", f"the job has {limits.tables} tables, as many as it may (--max-tables)")
+    servers = [row for row in servers if row.ref not in tight]
+    if not servers:
+        raise refuse(
+            "OVERLOADED",
+            f"table {spec.name!r} has nowhere to go: all servers are above their memory watermark; start a ps-server",
+            retry_after_ms=TIGHT_RETRY_MS,
+        )
     first = draft.job.next_partition
     if first + len(sizes) > limits.partitions:
         raise refuse("QUOTA", f"the job would have {first + len(sizes)} partitions, more than {limits.partitions}")

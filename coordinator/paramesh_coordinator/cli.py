@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from paramesh.command_help import PlainCommand, version_option
+from paramesh.descriptors import raise_limit
 from paramesh.errors import ConfigError
 from paramesh.memory import keep_imports
 
@@ -45,7 +46,7 @@ exit status: 0 after SIGTERM or Ctrl-C; 1 if a newer coordinator has taken over 
 instead); 2 for a mistake in the options."""
 
 JOB, ADDRESS, WORKERS, TIMES = "job and its state", "address", "workers and servers", "times"
-CHECKPOINTS, SECURITY = "checkpoints", "security"
+CHECKPOINTS, SECURITY, LIMITS = "checkpoints", "security", "limits"
 """The groups of --help."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -59,6 +60,10 @@ def _file(name: str, text: str) -> Any:
     """An option that names a file, of the security settings."""
     variable = f"PARAMESH_{name.upper()}"
     return typer.Option(help=text, envvar=variable, metavar="FILE", show_default=False, rich_help_panel=SECURITY)
+
+
+def _limit(text: str, metavar: str = "COUNT") -> Any:
+    return typer.Option(help=text, metavar=metavar, rich_help_panel=LIMITS)
 
 
 class LogLevel(StrEnum):
@@ -136,6 +141,23 @@ def run(
             rich_help_panel=WORKERS,
         ),
     ] = DEFAULT.rebalance,
+    max_table_bytes: Annotated[
+        int, _limit("Bytes of one table's values; a larger one is refused.", "BYTES")
+    ] = DEFAULT.max_table_bytes,
+    max_tables: Annotated[int, _limit("Tables of the job.")] = DEFAULT.max_tables,
+    max_partitions: Annotated[int, _limit("Partitions of the job.")] = DEFAULT.max_partitions,
+    max_clients: Annotated[int, _limit("Training processes and tools at a time.")] = DEFAULT.max_clients,
+    max_connections: Annotated[int, _limit("Connections; further ones are closed at once.")] = DEFAULT.max_connections,
+    max_calls: Annotated[
+        int, _limit("Calls under way of one service; above it callers are told to wait.")
+    ] = DEFAULT.max_calls,
+    max_uploads: Annotated[
+        int, _limit("Calls whose request is not here in full, 16 MiB each at most; above it callers are told to wait.")
+    ] = DEFAULT.max_uploads,
+    memory_watermark: Annotated[
+        float,
+        _limit("Share of the memory above which no table is made and no client registered; 0: never.", "SHARE"),
+    ] = DEFAULT.memory_watermark,
     heartbeat_interval: Annotated[
         float, _seconds("Seconds between beats; at most a quarter of --failure-timeout.")
     ] = DEFAULT.heartbeat_interval,
@@ -221,7 +243,9 @@ def run(
             gather=gather, step_timeout=step_timeout, rebalance=rebalance, insecure=insecure,
             tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, token_keys=token_keys,
             checkpoint_dir=checkpoint_dir, **parse_every(checkpoint_every), checkpoint_keep=checkpoint_keep,
-            restore=restore,
+            restore=restore, max_table_bytes=max_table_bytes, max_tables=max_tables, max_partitions=max_partitions,
+            max_clients=max_clients, max_connections=max_connections, max_calls=max_calls, max_uploads=max_uploads,
+            memory_watermark=memory_watermark,
         )  # fmt: skip
         code = asyncio.run(_run(config))
     except ConfigError as error:
@@ -253,6 +277,7 @@ async def _run(config: CoordinatorConfig) -> int:
     from paramesh_coordinator.server import CoordinatorServer
 
     keep_imports()
+    raise_limit()
     if config.insecure and not config.security.encrypted:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked_to_stop = asyncio.Event()

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paramesh.bounds import MAX_CONNECTIONS, Bounds
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.identity import Identity, Role
 from paramesh.routing import NAME
@@ -93,6 +94,24 @@ class CoordinatorConfig:
     max_partitions: int = 1 << 16
     """Partitions of the whole job; each costs about 200 bytes of every map that is sent."""
 
+    max_tables: int = 4096
+    """Tables of the whole job; a model has one per optimizer group and a few of embeddings."""
+
+    max_clients: int = 8192
+    """Training processes and tools that are registered at a time; each is a row, a watch of the map, and beats."""
+
+    max_connections: int = MAX_CONNECTIONS
+    """Connections; further ones are closed at once. Less if there are not enough file descriptors."""
+
+    max_calls: int = Bounds.calls
+    """Calls under way of one service (maps, tables, psctl). Above it callers are told to wait."""
+
+    max_uploads: int = 64
+    """Calls whose request is not here in full; each may hold 16 MiB. Above it callers are told to wait."""
+
+    memory_watermark: float = 0.9
+    """Share of the memory above which no table is made and no client registered. 0: never."""
+
     rebalance: bool = True
     """Moves partitions by itself when servers came or went and bytes are uneven by more than
     20 %. Off: only draining and `psctl move` and `rebalance` move anything."""
@@ -145,11 +164,16 @@ class CoordinatorConfig:
         self._check_state(host)
         if not NAME.fullmatch(self.job):
             raise _wrong("job", f"{self.job[:80]!r} must match [A-Za-z0-9_.:/-]{{1,256}}")
-        for key in ("start_workers", "min_workers", "min_servers", "max_table_bytes", "max_partitions"):
+        for key in (
+            "start_workers", "min_workers", "min_servers", "max_table_bytes", "max_partitions", "max_tables",
+            "max_clients", "max_connections", "max_calls", "max_uploads",
+        ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
         if self.min_workers > self.start_workers:
             raise _wrong("min_workers", f"is {self.min_workers}, above start_workers ({self.start_workers})")
+        if not 0 <= self.memory_watermark <= 1:
+            raise _wrong("memory_watermark", f"is {self.memory_watermark}, and must be within 0 and 1")
         if not 1 <= self.replicas <= MAX_REPLICAS:
             raise _wrong("replicas", f"is {self.replicas}, and must be within 1 and {MAX_REPLICAS}")
         if not 1 <= self.min_isr <= self.replicas:

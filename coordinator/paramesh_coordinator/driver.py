@@ -12,6 +12,7 @@ must be answered meanwhile) and is finished even if the caller hangs up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 from paramesh import failpoints
 from paramesh.errors import ConfigError, ParameshError, refuse
+from paramesh.headroom import Headroom
 from paramesh.v1 import coordinator_pb2 as co
 
 from paramesh_coordinator import membership, replicas
@@ -32,6 +34,7 @@ from paramesh_coordinator.rows import JobRow, PartitionRow, Ref, TableRow, encod
 from paramesh_coordinator.stalls import STALL_TIMEOUTS, Stalls, demote, resume
 from paramesh_coordinator.state import ClusterState, Draft, Ended, NodeKey, Registered, build_map
 from paramesh_coordinator.store.base import MetaStore
+from paramesh_coordinator.tight import Tight
 
 __all__ = ["Driver", "boottime", "fresh_job"]
 
@@ -98,6 +101,7 @@ class Driver:
         self.feed = MapFeed(build_map(self.state, store.term))
         self.liveness = self._new_liveness()
         self.stalls = Stalls(STALL_TIMEOUTS * config.failure_timeout, config.heartbeat_interval)
+        self.tight = Tight(Headroom(config.memory_watermark))
         self.recent = Recent()
         """What happened lately, by the clock."""
         self.figures: dict[NodeKey, co.HeartbeatRequest] = {}
@@ -106,6 +110,8 @@ class Driver:
         self._queue: asyncio.Queue[tuple[Decision, asyncio.Future[Any]]] = asyncio.Queue()
         self._commits = ThreadPoolExecutor(1, thread_name_prefix="paramesh-commit")
         self._tasks: list[asyncio.Task[None]] = []
+        self._telling: list[asyncio.Task[None]] = []
+        """Events of servers' memory, while they are written down."""
         self._judging: asyncio.Task[None] | None = None
         """The decision on the last tick's silent nodes, while it is under way."""
         self._grace_told = ""
@@ -158,7 +164,7 @@ class Driver:
 
     async def stop(self) -> None:
         """End the tasks; a decision being committed is finished first."""
-        tasks = [*self._tasks, *([self._judging] if self._judging else [])]
+        tasks = [*self._tasks, *self._telling, *([self._judging] if self._judging else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -236,6 +242,7 @@ class Driver:
             elif isinstance(effect, Ended):
                 self.liveness.forget(effect.node)
                 self.stalls.forget(Ref(effect.node.name, effect.node.incarnation))
+                self.tight.forget(Ref(effect.node.name, effect.node.incarnation))
                 self.figures.pop(effect.node, None)
             else:
                 self.recent.note(effect, self.clock())
@@ -290,8 +297,23 @@ class Driver:
             if node.kind == "server":
                 ref = Ref(node.name, node.incarnation)
                 self.stalls.note(ref, request.stalled_ms / 1000, request.stalled_at, self.clock())
+                if self.tight.note(ref, request.memory_tight):
+                    self._tell_tight(ref, request)
                 self.recent.rates.note(ref, ((one.partition, one.requests) for one in request.loads), self.clock())
         return nonce
+
+    def _tell_tight(self, ref: Ref, beat: co.HeartbeatRequest) -> None:
+        """Write down that a server's memory passed its watermark, up or down."""
+        kind = "server_memory_tight" if beat.memory_tight else "server_memory_eased"
+        rss = beat.rss_bytes
+        log.log(logging.WARNING if beat.memory_tight else logging.INFO, "%s name=%s rss=%d", kind, ref.name, rss)
+
+        async def tell() -> None:
+            with contextlib.suppress(ParameshError):  # the store is full, or another leads: it is in the log
+                await self.decide(lambda draft: draft.audit(kind, ref.name, incarnation=ref.incarnation, rss_bytes=rss))
+
+        self._telling = [task for task in self._telling if not task.done()]
+        self._telling.append(asyncio.create_task(tell(), name="coordinator-memory"))
 
     async def _tick(self) -> None:
         while True:

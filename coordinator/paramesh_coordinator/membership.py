@@ -287,18 +287,20 @@ def host_left(draft: Draft, ref: Ref) -> None:
 # --- clients ---------------------------------------------------------------------------
 
 
-def register_client(draft: Draft, hello: ClientHello, owner: Identity | None = None) -> int:
+def register_client(draft: Draft, hello: ClientHello, owner: Identity | None = None, most: int = 1 << 30) -> int:
     """Give a client its id; the same one if it repeats itself.
 
     Args:
         draft: the decision.
         hello: what it says.
         owner: who it has proved to be.
+        most: how many may be registered at a time.
 
     Returns:
         The client id.
 
     Raises:
+        StateRefused: QUOTA, if there are that many.
         Fenced: EVICTED, if this very registration was evicted meanwhile.
         StateRefused: UNKNOWN_NODE, if the named supervisor is not live.
         RequestRefused: NAME, INCARNATION.
@@ -321,6 +323,8 @@ def register_client(draft: Draft, hello: ClientHello, owner: Identity | None = N
                 "UNKNOWN_NODE", f"supervisor {hello.host!r} of slot {hello.slot!r} is not registered", host=hello.host
             )
         _evict_older_of_slot(draft, hello)
+    if sum(row.state is ClientState.LIVE for row in draft.rows(ClientRow)) >= most:
+        raise refuse("QUOTA", f"{most} clients are registered, as many as may be (--max-clients)")
     row = ClientRow(next_client(draft, owner), **dataclasses.asdict(hello))
     draft.put(row)
     draft.audit("client_registered", row.slot, client_id=row.client_id, role=row.role, host=row.host)

@@ -13,7 +13,10 @@ import contextlib
 import logging
 from pathlib import Path
 
-from paramesh.channel import SERVER_OPTIONS, add_port, grpc
+from paramesh.admission import Admission
+from paramesh.bounds import Bounds
+from paramesh.channel import add_port, grpc, server_options
+from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.gate import Gate
 from paramesh.listening import why_not_listen
@@ -81,9 +84,11 @@ class CoordinatorServer:
         """
         self._over = asyncio.get_running_loop().create_future()
         # Bound first: a second coordinator on the same address must not raise the term.
-        gate = Gate.of(self.config.security)
-        self._server = grpc.aio.server(interceptors=[typed_errors(gate=gate)], options=SERVER_OPTIONS)
-        self._address = _bind(self._server, self.config)
+        config = self.config
+        gate, admission = Gate.of(config.security), Admission(Bounds(config.max_calls, config.max_uploads))
+        options = server_options(connections_within(config.max_connections, 1))
+        self._server = grpc.aio.server(interceptors=[typed_errors(gate=gate, admission=admission)], options=options)
+        self._address = _bind(self._server, config)
         target = self.config.state
         try:
             if isinstance(target, EtcdTarget) and self._given_store is None:

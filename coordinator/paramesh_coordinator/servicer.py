@@ -121,8 +121,9 @@ class MembershipService(MembershipServicer):
             request.incarnation, request.slot, request.host, request.host_incarnation, request.host_id,
             request.role or "worker",
         )  # fmt: skip
-        owner = caller()
-        client_id = await self._driver.decide(lambda draft: membership.register_client(draft, hello, owner))
+        owner, most = caller(), self._driver.config.max_clients
+        self._driver.tight.check("no client is registered")
+        client_id = await self._driver.decide(lambda draft: membership.register_client(draft, hello, owner, most))
         return co.RegisterClientResponse(client_id=client_id, map=self._driver.feed.current, **self._terms())
 
     async def Heartbeat(
@@ -223,7 +224,7 @@ class CatalogService(CatalogServicer):
     def __init__(self, driver: Driver):
         self._driver = driver
         config = driver.config
-        self._limits = catalog.Limits(config.max_table_bytes, config.max_partitions)
+        self._limits = catalog.Limits(config.max_table_bytes, config.max_partitions, config.max_tables)
 
     async def CreateTable(self, request: co.CreateTableRequest, context: Context) -> co.CreateTableResponse:
         """Admit, cut, place; waits for servers up to the caller's deadline."""
@@ -233,6 +234,7 @@ class CatalogService(CatalogServicer):
         await asyncio.to_thread(catalog.admit, spec, self._limits)
         row = catalog.find_table(list(self._driver.state.rows(TableRow).values()), spec)
         if row is None:
+            self._driver.tight.check(f"table {spec.name!r} is new")
             layouts = await asyncio.to_thread(cut, spec)
             row = await self._create(spec, [layout.nbytes for layout in layouts], context)
         return co.CreateTableResponse(table_id=row.table_id, map=self._driver.feed.current)
@@ -244,7 +246,9 @@ class CatalogService(CatalogServicer):
         while True:
             version = self._driver.feed.current.version
             try:
-                return await self._driver.decide(lambda draft: catalog.create_table(draft, spec, sizes, self._limits))
+                return await self._driver.decide(
+                    lambda draft: catalog.create_table(draft, spec, sizes, self._limits, self._driver.tight.servers)
+                )
             except ParameshError as error:
                 remaining = deadline - clock()
                 if error.reason != "NOT_READY" or remaining <= 0:

@@ -90,6 +90,8 @@ class Figures:
     stalled_at: str = ""
     loads: tuple[tuple[int, int], ...] = ()
     """(partition, requests since it was made) of those that are led here."""
+    memory_tight: bool = False
+    """It is above its memory watermark: nothing new, please."""
 
     def put(self, beat: co.HeartbeatRequest) -> co.HeartbeatRequest:
         """The beat, with these figures."""

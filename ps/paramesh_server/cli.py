@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from paramesh.command_help import PlainCommand, version_option
+from paramesh.descriptors import raise_limit
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.memory import keep_big_buffers, keep_imports
 
@@ -33,7 +34,16 @@ GROUPS = {
     "cluster": ("coordinator", "job", "name", "replace"),
     "addresses": ("bind", "control_bind", "advertise"),
     "security": ("tls_cert", "tls_key", "tls_ca", "token_keys", "insecure"),
-    "resources": ("threads", "staged_bytes", "in_flight_bytes", "capacity_bytes", "copy_rate"),
+    "resources": ("threads", "staged_bytes", "capacity_bytes", "copy_rate", "memory_watermark"),
+    "limits": (
+        "in_flight_bytes",
+        "max_connections",
+        "max_streams",
+        "max_calls",
+        "max_uploads",
+        "max_queue",
+        "max_lag_bytes",
+    ),
     "ending": ("drain_timeout",),
     "observation": ("metrics_port", "metrics_host", "reflection"),
 }
@@ -42,7 +52,8 @@ GROUPS = {
 METAVARS = {
     "coordinator": "HOST:PORT", "job": "JOB", "name": "NAME", "bind": "HOST:PORT", "control_bind": "HOST:PORT",
     "advertise": "HOST", "drain_timeout": "SECONDS", "staged_bytes": "BYTES",
-    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "copy_rate": "BYTES/S",
+    "in_flight_bytes": "BYTES", "capacity_bytes": "BYTES", "max_lag_bytes": "BYTES", "memory_watermark": "SHARE",
+    "copy_rate": "BYTES/S",
     "metrics_port": "PORT", "metrics_host": "HOST", "tls_cert": "FILE", "tls_key": "FILE", "tls_ca": "FILE",
     "token_keys": "FILE",
 }  # fmt: skip
@@ -165,6 +176,7 @@ async def _run(config: ServerConfig) -> int:
     torch.set_num_threads(1)
     keep_big_buffers()
     keep_imports()
+    raise_limit()
     if config.insecure and not config.security.encrypted:
         log.warning("traffic is not encrypted and not authenticated bind=%s", config.bind)
     asked, stop = asyncio.Event(), asyncio.Event()

@@ -11,6 +11,7 @@ import os
 import socket
 from dataclasses import dataclass, field, replace
 
+from paramesh.bounds import MAX_CONNECTIONS, MAX_STREAMS, Bounds
 from paramesh.errors import ConfigError, ParameshError
 from paramesh.identity import Identity, Role
 from paramesh.routing import check_name
@@ -68,7 +69,31 @@ class ServerConfig:
     here, of two steps. Above it pushes are refused with QUOTA. Default: half of the memory."""
 
     in_flight_bytes: int = 1 << 30
-    """Bound on requests whose last byte has not come. Above it clients are told to wait."""
+    """Bound on payloads of pushes and assigns that are not staged or applied yet. Above it clients are told to wait."""
+
+    max_connections: int = MAX_CONNECTIONS
+    """Connections of each of the two ports; further ones are closed at once. Less if there are not enough
+    file descriptors."""
+
+    max_streams: int = MAX_STREAMS
+    """Calls under way on one connection; gRPC has clients wait for a place."""
+
+    max_calls: int = Bounds.calls
+    """Calls under way of one service (values, ledger). Above it clients are told to wait."""
+
+    max_uploads: int = Bounds.uploads
+    """Calls whose request is not here in full; each may hold 8 MiB. Above it clients are told to wait."""
+
+    max_queue: int = 1024
+    """Pieces of work that wait for one partition. Above it clients are told to wait."""
+
+    max_lag_bytes: int = 256 << 20
+    """Records of one partition that its followers do not have yet, and at least 4 of them. Above it
+    clients are told to wait."""
+
+    memory_watermark: float = 0.9
+    """Share of the memory (of the container, else of the machine) above which nothing new is taken on: tables,
+    workers, writes of new clients. What is under way goes on. 0: never."""
 
     capacity_bytes: int = 0
     """How many bytes of values the coordinator may place here. 0: no bound."""
@@ -135,7 +160,10 @@ class ServerConfig:
                 check_name(getattr(self, key), key)
             except ParameshError as error:
                 raise _wrong(key, str(error)) from None
-        for key in ("threads", "staged_bytes", "in_flight_bytes"):
+        for key in (
+            "threads", "staged_bytes", "in_flight_bytes", "max_connections", "max_streams", "max_calls", "max_uploads",
+            "max_queue", "max_lag_bytes",
+        ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise _wrong(key, f"is {getattr(self, key)}, and must be at least 1")
         if self.capacity_bytes < 0:
@@ -146,6 +174,8 @@ class ServerConfig:
             )
         if not 0 <= self.metrics_port <= 65535:
             raise _wrong("metrics_port", f"is {self.metrics_port}, and must be within 0 and 65535")
+        if not 0 <= self.memory_watermark <= 1:
+            raise _wrong("memory_watermark", f"is {self.memory_watermark}, and must be within 0 and 1")
         if self.heartbeat not in HEARTBEATS:
             raise _wrong("heartbeat", f"{self.heartbeat!r} is none of {', '.join(HEARTBEATS)}")
         if not 0 <= self.name_patience <= 3600:

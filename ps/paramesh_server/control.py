@@ -62,6 +62,8 @@ class ServerControl:
         """Forbid clients for ever, in every partition here. Repeatable."""
         self.check(request.request, request.term)
         clients = list(request.client_ids)
+        if 0 in clients:  # before the first of them is fenced: all or none
+            raise refuse("MISSING_FIELD", "client_ids has a 0", field="client_ids")
         await self._ledger.fence(clients)
         partitions = await self._plane.fence(clients)
         log.info("fenced clients=%s partitions=%d term=%d", clients, partitions, request.term)

@@ -27,4 +27,4 @@ class Counters:
     diverged: int = 0
     """Replicas here whose state was found to differ from their primary's."""
     in_flight: int = 0
-    """Bytes of pushes whose last frame has not come yet."""
+    """Payload bytes of pushes and assigns that are not staged, applied or dropped yet."""

@@ -27,6 +27,7 @@ from paramesh.status import from_rpc_error
 from paramesh.v1 import replication_pb2 as rp
 from paramesh.v1 import types_pb2 as pb
 
+from paramesh_server.inbound import first_of
 from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
 from paramesh_server.records import pack_presence
@@ -146,7 +147,7 @@ class Handover:
     ) -> rp.HandoverResponse:
         """Stage what an old primary had staged."""
         stream = aiter(requests)
-        first = (await anext(stream)).header
+        first = await first_of(stream)
         check_header(first.request, self._job, self._generation())
         if Ref.of(first.target) != self._me:
             raise refuse("UNKNOWN_NODE", f"this is {self._me.node} of another incarnation", node=self._me.node)

@@ -21,6 +21,8 @@ from paramesh.v1 import replication_pb2 as rp
 from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.log import Position, record_of
+from paramesh_server.partition import Partition
+from paramesh_server.receiving import ASSIGN_COPIES, MAX_FRAMES
 from paramesh_server.replica import Machine
 from paramesh_server.shards import Slot
 from paramesh_server.staging import FrameBytes
@@ -36,7 +38,11 @@ MAX_RECORD_BYTES = 1 << 30
 WATCH_S = 60.0
 """Seconds of one wait for a record; nothing depends on it."""
 
+INSTALL_S = 60.0
+"""Seconds for a snapshot of one partition, 100 MB at most, to arrive: as long as its sender waits."""
+
 T = TypeVar("T")
+H = TypeVar("H", rp.AppendHeader, rp.InstallHeader, rp.HandoverHeader)
 
 Find = Callable[[int], Any]
 """Partition -> awaitable of its slot here, or None if the map lists none."""
@@ -95,7 +101,7 @@ class Inbound:
         number = 0
         try:
             stream = aiter(requests)
-            first = (await anext(stream)).header
+            first = await first_of(stream)
             number = first.partition
             slot = await self._slot(first)
             log.info("following partition=%d primary=%s epoch=%d", number, first.primary.node, first.epoch)
@@ -105,8 +111,6 @@ class Inbound:
                     answer = self._position(slot)
                     answer.acked_lsn = min(answer.acked_lsn, slot.replica.matched)
                     yield answer
-        except StopAsyncIteration:
-            return
         except AccessDenied:
             raise  # the call's own failure: who may not ask is told nothing of the replica
         except ParameshError as error:
@@ -119,6 +123,8 @@ class Inbound:
             slot.replica.learn(head.epoch, previous, head.commit_lsn)
             self._apply(slot)
             return False
+        if head.record.partition != slot.number:
+            raise refuse("WRONG_PARTITION", f"a record of partition {head.record.partition} came for {slot.number}")
         if sum(part.nbytes for part in payload) != head.record.payload_bytes:
             raise refuse("PAYLOAD_SIZE", f"record {head.record.lsn} did not come whole")
         slot.replica.offer(head.epoch, previous, record_of(head.record, payload))
@@ -165,20 +171,43 @@ class Inbound:
     ) -> rp.InstallResponse:
         """Take a whole snapshot; until its last byte is here the old state stays."""
         stream = aiter(requests)
-        first = (await anext(stream)).header
+        first = await first_of(stream)
         slot = await self._slot(first)
-        writes: list[SlotFrame] = []
-        async for framed in stream:
-            head, payload = framed
-            await slot.compute(partial(verify, head.frame, payload), inline=payload.nbytes < 1 << 17)
-            frame = FrameBytes(head.frame.offset, head.frame.length, payload, head.frame.checksum)
-            writes.append(SlotFrame(frame, head.slot, head.segment, head.scalar))
         machine: Machine = await self._fresh(first.partition)
+        try:
+            async with asyncio.timeout(INSTALL_S):
+                writes = await self._snapshot(slot, machine, stream)
+        except TimeoutError:
+            raise refuse("DEADLINE", f"the snapshot did not end within {INSTALL_S:g} s") from None
         await slot.compute(partial(machine.restore, first.state, writes), inline=False)
         slot.replica.greet(first.epoch)  # nobody newer came meanwhile
         await slot.run(partial(slot.replica.install, machine), inline=True)
         log.info("installed partition=%d lsn=%d primary=%s", slot.number, first.state.lsn, first.primary.node)
         return rp.InstallResponse(applied_lsn=first.state.lsn)
+
+    async def _snapshot(
+        self, slot: Slot, machine: Machine, stream: AsyncIterator[Framed[rp.InstallHeader]]
+    ) -> list[SlotFrame]:
+        """The frames of a snapshot, verified, to the one that says that it is the last.
+
+        gRPC may end a stream whose sender went away as if it were whole.
+
+        Raises:
+            ParameshError: CRC, PAYLOAD_SIZE; MISSING_FIELD, if there is no last frame.
+        """
+        bound, total = _most_bytes(machine), 0
+        writes: list[SlotFrame] = []
+        async for head, payload in stream:
+            total += payload.nbytes
+            if total > bound or len(writes) > MAX_FRAMES + bound // 8:
+                raise refuse("PAYLOAD_SIZE", f"a snapshot of partition {slot.number} has at most {bound} bytes")
+            await slot.compute(partial(verify, head.frame, payload), inline=payload.nbytes < 1 << 17)
+            if payload.nbytes or head.frame.length:
+                frame = FrameBytes(head.frame.offset, head.frame.length, payload, head.frame.checksum)
+                writes.append(SlotFrame(frame, head.slot, head.segment, head.scalar))
+            if head.frame.last:
+                return writes
+        raise refuse("MISSING_FIELD", "the snapshot ended before its last frame", field="last")
 
     def register(self, server: grpc.aio.Server) -> None:
         """Register the service, with payloads that protobuf never copies."""
@@ -191,6 +220,24 @@ class Inbound:
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+async def first_of(stream: AsyncIterator[Framed[H]]) -> H:
+    """The header of a stream's first message.
+
+    Raises:
+        RequestRefused: MISSING_FIELD, if there is none.
+    """
+    async for framed in stream:
+        return framed.header
+    raise refuse("MISSING_FIELD", "the stream has no first message", field="request")
+
+
+def _most_bytes(machine: Machine) -> int:
+    """The most that a snapshot's frames may bring; the ledger's state is in the first message."""
+    if not isinstance(machine, Partition):
+        return 0
+    return ASSIGN_COPIES * (machine.layout.nbytes + 64 * len(machine.layout.segments))
 
 
 async def _until_diverged(slot: Slot, records: AsyncIterator[T]) -> AsyncIterator[T]:

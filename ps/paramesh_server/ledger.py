@@ -256,6 +256,10 @@ class Ledger:
 
     # ------------------------------------------------------------------ members
 
+    def is_member(self, client_id: int) -> bool:
+        """Whether a client has joined and not left."""
+        return self._members.get(client_id) is not None
+
     def join(self, request: pb.JoinRequest, now: float) -> pb.JoinResponse:
         """Make a client a member; a member keeps its rank.
 

@@ -19,6 +19,7 @@ from paramesh.channel import grpc
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 from paramesh.v1 import ledger_pb2 as lg
+from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server import ledger_log
@@ -27,6 +28,7 @@ from paramesh_server.ledger_machine import LedgerMachine
 from paramesh_server.ledger_service import LedgerService
 from paramesh_server.replica import Replica, Role
 from paramesh_server.roles import take_role
+from paramesh_server.room import Room
 from paramesh_server.shards import ARRIVAL_S, Slot
 
 log = logging.getLogger(__name__)
@@ -46,9 +48,18 @@ class LedgerHost:
         me: this process.
         pool: for what is long; the ledger itself lives on the event loop.
         fenced: clients that this process was told to fence, for a new primary to hear of.
+        room: whether there is memory for new members; None: always.
     """
 
-    def __init__(self, job: str, me: Ref, pool: Executor, fenced: Callable[[], Iterable[int]] = lambda: ()) -> None:
+    def __init__(
+        self,
+        job: str,
+        me: Ref,
+        pool: Executor,
+        fenced: Callable[[], Iterable[int]] = lambda: (),
+        room: Room | None = None,
+    ) -> None:
+        self._room = room
         self._job = job
         self._me = me
         self._pool = pool
@@ -162,6 +173,14 @@ class LedgerHost:
         """The ledger, if it serves here now."""
         return self._service
 
+    def info(self) -> ps.PartitionInfo | None:
+        """Where the ledger is at, if it serves here."""
+        if self._service is None or self.slot is None:
+            return None
+        machine = self.slot.replica.machine
+        digest = bytes.fromhex(self._service.ledger.state_digest())
+        return ps.PartitionInfo(partition=0, epoch=machine.epoch, lsn=machine.log.lsn, state_hash=digest)
+
     async def service(self) -> LedgerService:
         """The ledger, once it serves.
 
@@ -228,6 +247,17 @@ class LedgerHost:
                 self.slot.requests += 1
             if method not in READS and self.slot is not None:
                 self.slot.check_writable()
+            if method == "Join":
+                self._check_room(service, request.request.client_id)
             return await getattr(service, method)(request, context)
 
         return call
+
+    def _check_room(self, service: LedgerService, client: int) -> None:
+        """Refuse a new member while memory is tight: each brings contributions to hold.
+
+        Raises:
+            Retryable: OVERLOADED.
+        """
+        if self._room is not None and self._room.tight and not service.ledger.is_member(client):
+            raise self._room.full("there is none for another member; waiting, or add servers")

@@ -340,6 +340,8 @@ class _Stream:
                     head = rp.InstallHeader(slot=part.slot, segment=part.segment, scalar=part.scalar)
                     head.frame.CopyFrom(_frame(piece, part.offset + at, last=False))
                     messages.append(encode(head, (piece,)))
+        # The end is said: a stream that broke off looks to the other side as if it had ended.
+        messages.append(encode(rp.InstallHeader(frame=_frame(memoryview(b""), 0, last=True))))
         return machine.log.lsn, messages
 
 

@@ -7,6 +7,8 @@ import os
 import socket
 from pathlib import Path
 
+from paramesh.headroom import Headroom
+
 
 def rss_bytes() -> int:
     """Resident memory of this process; 0 where /proc does not say."""
@@ -18,8 +20,8 @@ def rss_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What this process may use: its container's limit, else the machine's memory."""
+    return Headroom(0.0).limit
 
 
 def host_id() -> str:

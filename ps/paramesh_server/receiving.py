@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from paramesh.bounds import RETRY_MS
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed, verify
 from paramesh.routing import PartitionLayout
@@ -27,6 +28,11 @@ MAX_FRAMES = 64
 """Frames of a partition beyond one per 8 bytes: room for an empty and a few scalar ones."""
 
 
+ASSIGN_COPIES = 8
+"""Times the partition's bytes that one assign may bring: values and the three or four
+states of an optimizer, with room."""
+
+
 class InFlight:
     """Bytes that a server holds of unfinished streams.
 
@@ -39,17 +45,22 @@ class InFlight:
         self._counters = counters
         self._limit = limit
 
+    def full(self, nbytes: int) -> bool:
+        """Whether so many more would pass the limit."""
+        return self._counters.in_flight + nbytes > self._limit
+
     def take(self, nbytes: int) -> None:
         """Account for received bytes.
 
         Raises:
             Retryable: OVERLOADED; metadata `retry_after_ms` says how long to wait.
         """
-        if self._counters.in_flight + nbytes > self._limit:
+        if self.full(nbytes):
             raise refuse(
                 "OVERLOADED",
-                f"{self._counters.in_flight} bytes of unfinished requests are held, the limit is {self._limit}",
-                retry_after_ms=100,
+                f"{self._counters.in_flight} bytes of unfinished requests are held, the limit is {self._limit} "
+                "(--in-flight-bytes)",
+                retry_after_ms=RETRY_MS,
             )
         self._counters.in_flight += nbytes
         self._counters.bytes_in += nbytes

@@ -21,10 +21,15 @@ from typing import Any
 import paramesh
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from paramesh import failpoints
-from paramesh.channel import SERVER_OPTIONS, add_parameter_server, add_port, grpc, header
+from paramesh.admission import Admission
+from paramesh.bounds import Bounds
+from paramesh.channel import MAX_REQUEST_BYTES, add_parameter_server, add_port, grpc, header, server_options
 from paramesh.coordinator_link import CoordinatorLink
+from paramesh.descriptors import connections_within
 from paramesh.errors import ConfigError, ParameshError
+from paramesh.framing import MAX_MESSAGE_BYTES
 from paramesh.gate import Gate
+from paramesh.headroom import Headroom
 from paramesh.listening import why_not_listen
 from paramesh.routing import Routes
 from paramesh.status import typed_errors
@@ -43,7 +48,7 @@ from paramesh_server.inbound import Inbound
 from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.marks import Marks
-from paramesh_server.metrics import serve_metrics
+from paramesh_server.metrics import Seen, serve_metrics
 from paramesh_server.outbound import Outbound
 from paramesh_server.pace import Pace
 from paramesh_server.placement import LEDGER, Placement
@@ -52,7 +57,8 @@ from paramesh_server.reads import Reads
 from paramesh_server.recovery import Recovery
 from paramesh_server.registration import Registration
 from paramesh_server.replica import Machine, Role
-from paramesh_server.servicer import DataPlane
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
 from paramesh_server.shards import Shards, Slot
 from paramesh_server.staging import Budget
 from paramesh_server.wishes import Wishes
@@ -85,6 +91,8 @@ class ParameterServer:
         self.counters = Counters()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="paramesh-compute")
         self._budget = Budget(config.staged_bytes)
+        self._admission = Admission(Bounds(config.max_calls, config.max_uploads))
+        self._room = Room(Headroom(config.memory_watermark))
         self._cuts = Cuts()
         self._ended: asyncio.Future[None] | None = None
         self._metrics: Any = None
@@ -128,7 +136,7 @@ class ParameterServer:
         me = pb.ReplicaRef(node=config.name, incarnation=self.incarnation)
         self._link = CoordinatorLink(config.coordinator, config.job, config.security)
         self._shards = Shards(self._pool, lambda p: self._placement.mine(p), lambda: self._placement.refresh())
-        self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced)
+        self._ledger = LedgerHost(config.job, Ref.of(me), self._pool, lambda: self._shards.fenced, self._room)
         ref = Ref.of(me)
         self._outbound = Outbound(
             config.job, self._generation, ref, lambda: self._shards.routes, Pace(config.copy_rate), config.security
@@ -146,9 +154,11 @@ class ParameterServer:
         self._registration = Registration(config, self._link, self._figures, self._end)
         self._link.listeners.append(self._on_map)
         self._plane = DataPlane(
-            config.job, self._newest_generation, self._shards, self.counters, config.in_flight_bytes
-        )
+            config.job, self._newest_generation, self._shards, self.counters,
+            PlaneLimits(config.in_flight_bytes, config.max_queue, config.max_lag_bytes), self._room,
+        )  # fmt: skip
         self._orders = ServerControl(config.job, self._generation, self._plane, self._ledger)
+        self._plane.ledger_info = self._ledger.info
         self._placement.on_cut = self._cuts.take
         self._recovery = Recovery(
             config.job, config.coordinator, lambda: self._registration.hello, lambda: self._shards.routes, self._slots,
@@ -190,7 +200,7 @@ class ParameterServer:
         """Make the two gRPC servers and open their ports."""
         config = self.config
         gate = Gate.of(config.security)
-        self._data = self._server(_DATA_SERVICES, gate)
+        self._data = self._server(_DATA_SERVICES, gate, MAX_REQUEST_BYTES)
         add_parameter_server(_Both(self._plane, Reads(self._plane, self.counters)), self._data)
         self._ledger.register(self._data)
         self._control: grpc.aio.Server = self._server(_CONTROL_SERVICES, gate)
@@ -205,14 +215,18 @@ class ParameterServer:
         self.control_address = f"{host}:{self._open(self._control, 'control_bind', control)}"
         if config.metrics_port:
             try:
-                self._metrics = serve_metrics(
-                    config.metrics_host, config.metrics_port, self.counters, self._shards, self._budget
-                )
+                seen = Seen(self.counters, self._shards, self._budget, self._admission, self._room)
+                self._metrics = serve_metrics(config.metrics_host, config.metrics_port, seen)
             except OSError as error:
                 raise _port_taken("metrics_port", str(config.metrics_port), error.strerror or str(error)) from error
 
-    def _server(self, services: tuple[str, ...], gate: Gate | None) -> grpc.aio.Server:
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[typed_errors(self._count_refusal, gate)])
+    def _server(
+        self, services: tuple[str, ...], gate: Gate | None, request_bytes: int = MAX_MESSAGE_BYTES
+    ) -> grpc.aio.Server:
+        connections = connections_within(self.config.max_connections, 2)
+        options = server_options(connections, self.config.max_streams, request_bytes)
+        lets_in = typed_errors(self._count_refusal, gate, self._admission)
+        server = grpc.aio.server(options=options, interceptors=[lets_in])
         checker = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
         self._checkers = [*getattr(self, "_checkers", []), (checker, services)]
@@ -260,6 +274,8 @@ class ParameterServer:
 
     def _figures(self) -> Figures:
         self._cuts.sweep()
+        if self._room.tight and (ended := self._admission.end_slow()):
+            log.warning("memory tight, ended %d calls whose request was slow to come", ended)
         failpoints.reach("loop")
         now = time.monotonic()
         stalled, number = max(((slot.stalled(now), slot.number) for slot in self._slots()), default=(0.0, 0))
@@ -274,6 +290,7 @@ class ParameterServer:
             rss_bytes=rss_bytes(),
             stalled_ms=int(stalled * 1000),
             stalled_at=f"partition {number}" if stalled else "",
+            memory_tight=self._room.tight,
             loads=tuple((slot.number, slot.requests) for slot in led if slot.requests),
         )
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from paramesh import hyper
+from paramesh.bounds import RETRY_MS
 from paramesh.channel import check_header, grpc
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed
@@ -28,8 +29,9 @@ from paramesh.v1 import types_pb2 as pb
 from paramesh_server.counters import Counters
 from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
-from paramesh_server.receiving import Gathering, Incoming, InFlight, contribution_of, writes_of
+from paramesh_server.receiving import ASSIGN_COPIES, Gathering, Incoming, InFlight, contribution_of, writes_of
 from paramesh_server.requests import Outcome, StagedAt, Update
+from paramesh_server.room import Room
 from paramesh_server.shards import Held, Shards
 from paramesh_server.staging import Contribution
 
@@ -38,13 +40,19 @@ H = TypeVar("H", ps.PushHeader, ps.AssignHeader)
 GAP_S = 1.0
 """How long a push that came before its predecessor is held: several round trips."""
 
-ASSIGN_COPIES = 8
-"""Times the partition's bytes that one assign may bring: values and the three or four
-states of an optimizer, with room."""
-
-
 _OF_RELEASE = frozenset({"NOT_PRIMARY", "NOT_ENOUGH_REPLICAS"})
 """Reasons of `Slot.released` itself: waiting once more would say the same, later."""
+
+
+class PlaneLimits(NamedTuple):
+    """How much the data plane takes on at once."""
+
+    in_flight_bytes: int
+    """Of payloads that are not staged or applied yet."""
+    queue: int
+    """Pieces of work that wait for one partition."""
+    lag_bytes: int
+    """Of one partition's records that its followers do not have."""
 
 
 class Formed(NamedTuple):
@@ -75,18 +83,29 @@ class DataPlane:
         generation: this job's generation now; 0 while unknown.
         shards: the partitions of this process.
         counters: what is counted.
-        in_flight_limit: bytes of unfinished streams, above which streams are refused.
+        limits: how much at once.
+        room: whether there is memory for new clients.
     """
 
     def __init__(
-        self, job: str, generation: Callable[[], int], shards: Shards, counters: Counters, in_flight_limit: int
+        self,
+        job: str,
+        generation: Callable[[], int],
+        shards: Shards,
+        counters: Counters,
+        limits: PlaneLimits,
+        room: Room,
     ) -> None:
         self._job = job
         self._generation = generation
         self._shards = shards
         self._counters = counters
-        self._in_flight = InFlight(counters, in_flight_limit)
+        self._limits = limits
+        self._room = room
+        self._in_flight = InFlight(counters, limits.in_flight_bytes)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.ledger_info: Callable[[], ps.PartitionInfo | None] = lambda: None
+        """What `Inspect` says of partition 0, if it is asked for by number."""
 
     def check(self, request: pb.RequestHeader) -> None:
         """Refuse another protocol, job or generation.
@@ -100,10 +119,16 @@ class DataPlane:
         """The partition, at the epoch that the request was routed by.
 
         Raises:
-            ParameshError: WRONG_PARTITION, NOT_PRIMARY, NOT_READY, STALE_EPOCH, UNKNOWN_EPOCH.
+            ParameshError: WRONG_PARTITION, NOT_PRIMARY, NOT_READY, STALE_EPOCH, UNKNOWN_EPOCH, OVERLOADED.
         """
         held = await self._shards.find(partition, epoch)
         held.partition.check_epoch(epoch)
+        if held.queue >= self._limits.queue:
+            raise refuse(
+                "OVERLOADED",
+                f"{held.queue} requests wait for partition {partition} (--max-queue)",
+                retry_after_ms=RETRY_MS,
+            )
         return held
 
     def detail(self, error: Exception, where: str) -> pb.ErrorDetail:
@@ -154,6 +179,7 @@ class DataPlane:
                 if isinstance(framed.header, ps.PushHeader) and not framed.header.HasField("frame"):
                     committed.extend(framed.header.committed)  # a preamble: for all partitions that follow
                     continue
+                await self._make_way(framed.payload.nbytes, tasks)
                 done = gathering.take(framed)
                 if done is not None:
                     if isinstance(done.first, ps.PushHeader):
@@ -165,6 +191,15 @@ class DataPlane:
             return await asyncio.shield(asyncio.gather(*tasks))
         finally:
             gathering.drop()
+
+    async def _make_way(self, nbytes: int, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Wait for what this stream itself has brought, if a frame would pass the limit of bytes in flight.
+
+        Its sender is held up meanwhile. A stream that has nothing to wait for is refused: bytes that
+        others hold may be waiting for this one's.
+        """
+        while self._in_flight.full(nbytes) and (running := [task for task in tasks if not task.done()]):
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
 
     def _spawn(self, work: Coroutine[Any, Any, ps.PartitionOutcome]) -> asyncio.Task[ps.PartitionOutcome]:
         task = asyncio.ensure_future(work)
@@ -185,12 +220,15 @@ class DataPlane:
             held = await self.find(incoming.first.partition, incoming.first.epoch)
             sequenced = isinstance(incoming.first, ps.PushHeader) and incoming.first.HasField("sequenced")
             formed = Formed(held, held.replica.reign, sequenced and held.early)
+            self._room.check_client(client)
+            held.check_lag(self._limits.lag_bytes)
             outcome = await handle(held, client, incoming)
             partition = held.partition
             answer.lsn, answer.duplicate, answer.lost = outcome.lsn, outcome.duplicate, outcome.lost
             answer.epoch, answer.applied_step = partition.epoch, partition.applied_step
             await formed.released(kept=True)  # also what it says of steps must be in every log
             self._counters.duplicates += outcome.duplicate
+            self._room.know(client)
         except Exception as error:
             answer.Clear()
             answer.partition = incoming.first.partition
@@ -302,7 +340,7 @@ class DataPlane:
         self.check(request.request)
         numbers = list(request.partitions) or sorted(self._shards.held)
         here = [held for number in numbers if (held := self._shards.held.get(number)) and held.replica.serving]
-        infos: list[ps.PartitionInfo] = []
+        infos = [info for number in request.partitions if not number and (info := self.ledger_info()) is not None]
         for held in here:
             with _unless_gone():
                 infos.append(await held.run(partial(_info, held.partition, request.state_hash)))
@@ -316,6 +354,7 @@ class DataPlane:
                 partition.fence(client)
 
         self._shards.fenced.update(clients)
+        self._room.forget(clients)
         done = 0
         for held in list(self._shards.held.values()):
             with _unless_gone():

@@ -20,6 +20,7 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from paramesh import failpoints
+from paramesh.bounds import RETRY_MS
 from paramesh.errors import ParameshError, refuse
 from paramesh.routing import Routes
 from paramesh.v1 import types_pb2 as pb
@@ -53,6 +54,13 @@ ARRIVAL_S = 2.0
 async def _within(event: asyncio.Event, timeout: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout)
+
+
+LAG_ANYWAY = 4
+"""Records that followers may lack however large they are: else a partition above the limit could not be written."""
+
+LAG_RECORDS = 1 << 16
+"""Records that they may lack however small they are: each is an object of half a kilobyte here."""
 
 
 class Slot:
@@ -181,6 +189,24 @@ class Slot:
                 "NOT_ENOUGH_REPLICAS",
                 f"partition {self.number} has {there} of at least {self.min_isr} replicas in sync; start a ps-server",
                 partition=self.number,
+            )
+
+    def check_lag(self, nbytes: int) -> None:
+        """Refuse a write while followers lack too much: what they lack is held here for them.
+
+        Args:
+            nbytes: of records that are not committed; a few large ones may pass it.
+
+        Raises:
+            Retryable: OVERLOADED.
+        """
+        log, commit = self.replica.machine.log, self.replica.insync.commit
+        behind = log.lsn - commit
+        if behind > LAG_ANYWAY and (behind > LAG_RECORDS or log.bytes_after(commit) > nbytes):
+            raise refuse(
+                "OVERLOADED",
+                f"followers of partition {self.number} are {behind} records behind (--max-lag-bytes)",
+                retry_after_ms=RETRY_MS,
             )
 
     def stir(self) -> None:

@@ -159,8 +159,11 @@ class ProcessCluster(ClusterHandle):
         *,
         fails: bool = False,
         server_flags: Sequence[str] = (),
+        descriptors: int = 0,
         **job_config: Any,
     ) -> None:
+        self.descriptors = descriptors
+        """Servers may have as many file descriptors; 0: as many as we."""
         super().__init__(servers, directory, replicas, **job_config)
         self.server_flags = tuple(server_flags)
         """More flags of every ps-server."""
@@ -228,8 +231,11 @@ class ProcessCluster(ClusterHandle):
                 "--state", str(self.directory / "coordinator.sqlite"), *flags]  # fmt: skip
 
     def _server_command(self, index: int) -> list[str]:
-        return [sys.executable, "-m", "paramesh_server.cli", "--coordinator", self.coordinator_address,
-                "--name", f"server-{index}", "--bind", "127.0.0.1:0", *self.server_flags]  # fmt: skip
+        command = [sys.executable, "-m", "paramesh_server.cli", "--coordinator", self.coordinator_address,
+                   "--name", f"server-{index}", "--bind", "127.0.0.1:0", *self.server_flags]  # fmt: skip
+        if self.descriptors:
+            return ["/bin/sh", "-c", f'ulimit -n {self.descriptors}; exec "$0" "$@"', *command]
+        return command
 
     def _launch(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
         own = {failpoints.VARIABLE: f"@{self._places(name)}"} if self.fails else {}

@@ -45,8 +45,8 @@ def _second_host(b: Bench) -> Any:
     return _host(b, name=name, incarnation=6)
 
 
-def _fence(b: Bench, term: int = 99, header: pb.RequestHeader = PLAIN) -> Any:
-    return _control(b, "Fence", replication_pb2.FenceRequest(term=term, client_ids=[12345]), header)
+def _fence(b: Bench, term: int = 99, header: pb.RequestHeader = PLAIN, clients: tuple[int, ...] = (12345,)) -> Any:
+    return _control(b, "Fence", replication_pb2.FenceRequest(term=term, client_ids=clients), header)
 
 
 def _evict(b: Bench, term: int = 99, client: int = 12345, header: pb.RequestHeader = PLAIN) -> Any:
@@ -85,11 +85,11 @@ CONTROL_ROWS = [
     Row(37, "evict of a lower term", "STALE_TERM", lambda b: _evict(b, term=1)),
     Row(30, "fence without a term", "MISSING_FIELD", lambda b: _fence(b, term=0)),
     Row(30, "evict without a term", "MISSING_FIELD", lambda b: _evict(b, term=0)),
+    Row(30, "fence of somebody and of nobody", "MISSING_FIELD",
+        lambda b: _fence(b, term=b.client.routes.map.term, clients=(7_000_001, 0))),
     Row(30, "evict of nobody", "MISSING_FIELD", lambda b: _evict(b, term=2, client=0)),
     Row(35, "fence for another job", "WRONG_CLUSTER", lambda b: _fence(b, header=FOREIGN)),
     Row(35, "evict for another job", "WRONG_CLUSTER", lambda b: _evict(b, header=FOREIGN)),
-    Row(38, "promotion is not served yet", "UNIMPLEMENTED",
-        lambda b: _control(b, "BecomePrimary", replication_pb2.BecomePrimaryRequest(term=99))),
     Row(43, "a live server's name", "NODE_NAME", lambda b: b.register_server(name="server-0", address=b.control)),
     Row(43, "a live supervisor's name", "NODE_NAME", _second_host),
     Row(30, "incarnation 0", "INCARNATION", lambda b: b.register_server(incarnation=0)),

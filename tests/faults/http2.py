@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 import types
 from typing import NamedTuple, Self
 
-HEADERS, RESET, SETTINGS, PING, GOAWAY = 1, 3, 4, 6, 7
+HEADERS, RESET, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 1, 3, 4, 6, 7, 8
 
 ENHANCE_YOUR_CALM = 11
 MAX_CONCURRENT_STREAMS = 3
@@ -37,13 +38,15 @@ def _literal(name: str, value: str) -> bytes:
     return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
 
 
-_CALL = b"".join(
-    _literal(name, value)
-    for name, value in [
-        (":method", "POST"), (":scheme", "http"), (":path", "/paramesh.v1.ParameterServer/Push"),
-        (":authority", "x"), ("te", "trailers"), ("content-type", "application/grpc"),
-    ]
-)  # fmt: skip
+PUSH = "/paramesh.v1.ParameterServer/Push"
+
+
+def _headers(path: str) -> bytes:
+    fields = [
+        (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "x"), ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ]  # fmt: skip
+    return b"".join(_literal(name, value) for name, value in fields)
 
 
 class Raw:
@@ -89,6 +92,19 @@ class Raw:
         payload = self._exactly(length)
         return None if payload is None else Frame(head[3], head[4], int.from_bytes(head[5:], "big"), payload)
 
+    def read_soon(self, seconds: float) -> Frame | None:
+        """The next frame, if it begins within so long; None also at the connection's end."""
+        if not self._buffer:
+            patience = self._socket.gettimeout()
+            self._socket.settimeout(seconds)
+            try:
+                self._buffer = self._socket.recv(65536)
+            except (TimeoutError, ConnectionResetError):
+                return None
+            finally:
+                self._socket.settimeout(patience)
+        return self.read() if self._buffer else None
+
     def _exactly(self, count: int) -> bytes | None:
         while len(self._buffer) < count:
             try:
@@ -119,11 +135,83 @@ def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> b
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-def call(stream: int) -> bytes:
-    """The begin of a Push that never says more."""
-    return frame(HEADERS, _CALL, _END_HEADERS, stream)
+def call(stream: int, path: str = PUSH) -> bytes:
+    """The begin of a call that never says more."""
+    return frame(HEADERS, _headers(path), _END_HEADERS, stream)
 
 
 def reset(stream: int) -> bytes:
     """The end of it."""
     return frame(RESET, (8).to_bytes(4, "big"), stream=stream)
+
+
+ROUND = 64
+"""Frames of 16 KiB that each stream may send between two looks at what the server says."""
+
+
+class Slow:
+    """A connection whose streams each begin a message and never end it, as far as the server lets them.
+
+    Args:
+        address: of the server.
+        path: of the method.
+        streams: how many.
+        nbytes: that each message declares.
+    """
+
+    def __init__(self, address: str, path: str, streams: int, nbytes: int) -> None:
+        self._raw = Raw(address)
+        self._window = self._raw.settings().get(4, 65535)
+        self._raw.send(SETTINGS, flags=_ACK)
+        self._left = 65535
+        """What the connection may send."""
+        self.open = {2 * number + 1: self._window for number in range(streams)}
+        """Stream -> what it may send."""
+        self._rest = dict.fromkeys(self.open, nbytes - 1)
+        self.sent = 0
+        head = b"\0" + nbytes.to_bytes(4, "big")
+        self._raw.send_all(b"".join(call(number, path) for number in self.open))
+        for number in list(self.open):
+            self._put(number, head)
+
+    def _put(self, number: int, payload: bytes) -> None:
+        self._raw.send(0, payload, stream=number)
+        self.open[number] -= len(payload)
+        self._left -= len(payload)
+        self.sent += len(payload)
+
+    def press(self, seconds: float) -> None:
+        """Send whatever may be sent for so long, or until nothing more may be."""
+        end, idle = time.monotonic() + seconds, 0
+        while time.monotonic() < end and idle < 10:
+            before = self.sent
+            for number in [number for number in self.open for _ in range(ROUND)]:
+                count = min(16384, self.open[number], self._rest[number], self._left)
+                if count > 0:
+                    self._put(number, bytes(count))
+                    self._rest[number] -= count
+            idle = 0 if self._hear() or self.sent > before else idle + 1
+
+    def _hear(self) -> bool:
+        """Take in what the server says; whether it said anything."""
+        heard = False
+        while (frame := self._raw.read_soon(0.05)) is not None:
+            heard = True
+            self._take(frame)
+        return heard
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == WINDOW_UPDATE and not frame.stream:
+            self._left += int.from_bytes(frame.payload, "big")
+        elif frame.kind == WINDOW_UPDATE and frame.stream in self.open:
+            self.open[frame.stream] += int.from_bytes(frame.payload, "big")
+        elif frame.kind in (RESET, HEADERS) and frame.stream in self.open:
+            del self.open[frame.stream]  # refused: whatever it held is let go
+        elif frame.kind == PING and not frame.flags & _ACK:
+            self._raw.send(PING, frame.payload, _ACK)
+        elif frame.kind == SETTINGS and not frame.flags & _ACK:
+            self._raw.send(SETTINGS, flags=_ACK)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._raw.__exit__(None, None, None)

@@ -71,6 +71,7 @@ def secret(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(("program", "flags", "named"), ROWS, ids=[f"{p[1]} {' '.join(f)[-40:]}" for p, f, _ in ROWS])
+@pytest.mark.bad_input(73, got="exit 2, key named")
 def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named, tmp_path):
     ended = run(program, [str(secret(tmp_path, flag)) if flag[0] == "@" else flag for flag in flags])
     assert ended.returncode == 2, ended.stderr

@@ -49,6 +49,7 @@ def test_a_table_of_the_default_policy_rejects_it_for_good(bench: Bench, row: Ro
     assert bench.values() != values
 
 
+@pytest.mark.bad_input(10, got="staged")
 def test_staging_takes_it(bench: Bench) -> None:
     """What is staged may never count: its worker judges, before it says that it is ready."""
     staged = ps.StagedKey(group=1, step=0, attempt=1)
@@ -72,6 +73,7 @@ def small_table(bench: Bench, name: str, policy: pb.NonFinite.ValueType, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.bad_input(11, got="NON_FINITE")
 def test_what_overflows_in_the_cast_to_the_tables_dtype_is_rejected(bench: Bench, dtype: torch.dtype) -> None:
     """Row 11."""
     name = f"half-{dtype}"
@@ -84,6 +86,7 @@ def test_what_overflows_in_the_cast_to_the_tables_dtype_is_rejected(bench: Bench
     assert tool.pull(name)["w"].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.bad_input(10, got="skipped, counted")
 def test_a_table_that_skips_goes_on_without_it(bench: Bench) -> None:
     tool = small_table(bench, "skips", pb.NON_FINITE_SKIP, torch.float32)
     for second in (1.0, math.nan, -math.inf, 1.0):
@@ -91,6 +94,7 @@ def test_a_table_that_skips_goes_on_without_it(bench: Bench) -> None:
     assert tool.pull("skips")["w"].tolist() == [-1.0, -1.0, -1.0]
 
 
+@pytest.mark.bad_input(10, got="applied (allow)")
 def test_a_table_that_allows_applies_it(bench: Bench) -> None:
     tool = small_table(bench, "allows", pb.NON_FINITE_ALLOW, torch.float32)
     tool.push("allows", {"w": torch.tensor([1.0, math.inf, 1.0])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +14,14 @@ from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
+from tests.cluster.processes import ProcessCluster
 from tests.cluster.waiting import wait_until
 from tests.faults.bad_input_control_rows import CONTROL_ROWS, SETTINGS
 from tests.faults.bad_input_ledger_rows import LEDGER_ROWS, group
 from tests.faults.bad_input_rows import DATA_ROWS, Row
 from tests.faults.bad_input_step_rows import STEP_ROWS
 from tests.faults.bench import GRADIENT, Bench
+from tests.faults.process_bench import ProcessBench
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +43,51 @@ def bench(shared_bench) -> Bench:
     return shared_bench
 
 
+@pytest.fixture(scope="module")
+def shared_far() -> Iterator[ProcessBench]:
+    with ProcessCluster(client_timeout=600.0, gather=0.0) as cluster:
+        cluster.kill("coordinator")
+        cluster.restart("coordinator")  # term 2, so that there is a lower one
+        cluster.wait_until(cluster.live_servers, 20, "the coordinator to be back")
+        bench = ProcessBench(cluster)
+        yield bench
+        bench.close()
+
+
+@pytest.fixture
+def far(shared_far: ProcessBench) -> ProcessBench:
+    """A coordinator and a server that are processes, with a client that has sent nothing yet."""
+    shared_far.new_client()
+    return shared_far
+
+
 def rows(table: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", table, ids=[row.id for row in table])
 
 
 class TestRefusals:
     @rows(DATA_ROWS)
-    def test_data_plane(self, bench, row):
-        self.check(bench, row)
+    def test_data_plane(self, far, row, record_property):
+        self.check(far, row, record_property)
 
     @rows(STEP_ROWS)
-    def test_steps_and_reads(self, bench, row):
-        self.check(bench, row)
+    def test_steps_and_reads(self, far, row, record_property):
+        self.check(far, row, record_property)
 
     @rows(CONTROL_ROWS)
-    def test_registration_and_schemas(self, bench, row):
-        self.check(bench, row)
+    def test_registration_and_schemas(self, far, row, record_property):
+        self.check(far, row, record_property)
 
     @rows(LEDGER_ROWS)
-    def test_ledger(self, bench, row):
-        self.check(bench, row)
+    def test_ledger(self, far, row, record_property):
+        self.check(far, row, record_property)
 
-    def check(self, bench: Bench, row: Row) -> None:
+    def check(self, bench: Bench, row: Row, record_property: Callable[[str, object], None]) -> None:
         """The reason is right, nothing changed, and the server still serves a right request."""
         bench.snapshot()
         with pytest.raises(ParameshError) as refused:
             row.send(bench)
+        record_property("got", refused.value.reason)
         assert refused.value.reason == row.reason, str(refused.value)
         assert refused.value.code == REASONS[row.reason].code
         bench.check_unchanged(noop=row.noop)
@@ -74,6 +95,7 @@ class TestRefusals:
         assert bench.push(sequenced=ps.SequenceKey(seq=1)).lsn > 0
 
 
+@pytest.mark.bad_input(39, got="OK duplicate; SEQ_REUSED, SEQ_TOO_OLD, SEQ_TOO_FAR, SEQ_GAP, CLIENT_FENCED")
 class TestSequences:
     """Row 39: replay, reuse, too old, too far, each after rightly applied pushes."""
 
@@ -144,6 +166,7 @@ class TestSequences:
         self.refused(bench, "CLIENT_FENCED", 1)
 
 
+@pytest.mark.bad_input(51, got="OK, the decision; SEQ_REUSED")
 class TestSteps:
     """Row 51: what is late or repeated is no mistake."""
 
@@ -179,6 +202,7 @@ class TestSteps:
         bench.client = mine
 
 
+@pytest.mark.bad_input(42, 46, got="OK, same answer")
 class TestRepeats:
     """Rows 42 and 46: what is repeated is answered as the first, and decides nothing."""
 
@@ -214,6 +238,7 @@ class TestRepeats:
 
 
 @pytest.mark.parametrize(("optimizer", "settings"), SETTINGS, ids=str)
+@pytest.mark.bad_input(48, got="HYPER_PARAMETER")
 def test_a_table_with_settings_that_torch_refuses_says_so(bench, optimizer, settings):
     """Row 48: the coordinator has no torch; the servers' refusal reaches who writes first values."""
     name = f"bad-{bench.client.client_id}"
@@ -224,6 +249,7 @@ def test_a_table_with_settings_that_torch_refuses_says_so(bench, optimizer, sett
     assert bench.values() == values
 
 
+@pytest.mark.bad_input(12, got="accepted")
 def test_subnormals_and_negative_zeros_are_gradients_too(bench):
     """Row 12."""
     gradient = bytearray(GRADIENT)
@@ -242,6 +268,7 @@ def test_subnormals_and_negative_zeros_are_gradients_too(bench):
     ],
     ids=["dtype", "integers", "shape", "rank", "name"],
 )
+@pytest.mark.bad_input(3, 5, got="TENSOR_MISMATCH, DTYPE (client; a push has neither on the wire)")
 def test_tensors_that_are_not_the_tables_are_refused_where_they_are(bench, gradients):
     """Rows 3 and 5: a push has no dtype and no shape on the wire, so the client compares them with the schema."""
     bench.snapshot()
@@ -254,6 +281,7 @@ def test_tensors_that_are_not_the_tables_are_refused_where_they_are(bench, gradi
 class TestRoutes:
     """Rows 32 and 34, on clusters of their own: requests that went by an older map."""
 
+    @pytest.mark.bad_input(34, got="NOT_PRIMARY + hint")
     def test_a_push_to_a_server_that_is_not_the_primary(self):
         with testing.Cluster(servers=2, client_timeout=600.0) as cluster:
             bench = Bench(cluster)
@@ -272,6 +300,7 @@ class TestRoutes:
             bench.check_unchanged()
             assert bench.push().lsn > 0
 
+    @pytest.mark.bad_input(32, got="STALE_EPOCH")
     def test_a_request_under_an_epoch_that_is_over(self):
         """The server fell silent, was declared dead and came back: its partitions are in epoch 2."""
         with testing.Cluster(heartbeat_interval=0.1, failure_timeout=0.5, client_timeout=600.0) as cluster:

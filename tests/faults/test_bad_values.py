@@ -30,6 +30,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("program", "flags", "named"), ROWS, ids=[f"{p[1]} {' '.join(f)[-40:]}" for p, f, _ in ROWS])
+@pytest.mark.bad_input(73, got="exit 2, key named")
 def test_a_wrong_value_is_named_and_the_status_is_2(program, flags, named):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PARAMESH_")} | {"COLUMNS": "200"}
     command = [sys.executable, *program, *flags]

@@ -50,17 +50,20 @@ def bench(shared_bench: Bench) -> Iterator[Bench]:
 
 
 class TestMessages:
+    @pytest.mark.bad_input(27, got="FORMAT (INVALID_ARGUMENT)")
     def test_garbage_instead_of_a_message(self, bench):
         for body in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", b"\x7a\x80"):
             for path, kind in ((PUSH, "stream_unary"), (PULL, "unary_stream"), (READY, "unary_unary")):
                 assert bench.call_bytes(path, body, kind) == grpc.StatusCode.INVALID_ARGUMENT
 
+    @pytest.mark.bad_input(27, got="FORMAT (INVALID_ARGUMENT)")
     def test_garbage_at_the_coordinator(self, bench):
         for method in ("Membership/RegisterClient", "Catalog/CreateTable", "Admin/GetStatus"):
             with grpc.insecure_channel(bench.cluster.address) as channel, pytest.raises(grpc.RpcError) as refused:
                 channel.unary_unary(f"/paramesh.v1.{method}")(b"\xff" * 64, timeout=10)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
+    @pytest.mark.bad_input(19, got="RESOURCE_EXHAUSTED")
     def test_a_message_above_the_limit(self, bench):
         body = bytes(framing.MAX_MESSAGE_BYTES + 1)
         options = [("grpc.max_send_message_length", -1)]
@@ -68,6 +71,7 @@ class TestMessages:
             channel.stream_unary(PUSH)(iter([body]), timeout=10)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
+    @pytest.mark.bad_input(68, got="RESOURCE_EXHAUSTED")
     def test_metadata_above_the_limit(self, bench):
         code = bench.call_bytes(PULL, b"", "unary_stream", metadata=(("x", "y" * 20_000),))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -75,6 +79,7 @@ class TestMessages:
     def test_an_empty_stream(self, bench):
         assert bench.call_bytes(PUSH, b"", "stream_unary") != grpc.StatusCode.UNKNOWN
 
+    @pytest.mark.bad_input(29, got="ignored")
     def test_unknown_fields_of_a_newer_client_are_ignored(self, bench):
         surplus = b"\xf2\x3f\x03abc"
         header = ps.PullRequest(
@@ -86,6 +91,7 @@ class TestMessages:
             channel.unary_unary("/paramesh.v1.Admin/GetStatus")(status + surplus, timeout=10)
 
     @pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+    @pytest.mark.bad_input(20, 21, got="UNIMPLEMENTED (compression is off)")
     def test_compressed_messages_are_not_looked_at(self, bench, algorithm):
         """Rows 20 and 21: a bomb is never unpacked. Compression is off, as nothing of ours would shrink."""
         bomb = bytes(framing.MAX_MESSAGE_BYTES - 4096)
@@ -96,10 +102,12 @@ class TestMessages:
 
 
 class TestCalls:
+    @pytest.mark.bad_input(28, got="UNIMPLEMENTED")
     def test_an_unknown_method_and_service(self, bench):
         for path in ("/paramesh.v1.ParameterServer/Nope", "/nope.v1.Nope/Push", "/", "//"):
             assert bench.call_bytes(path, b"") == grpc.StatusCode.UNIMPLEMENTED
 
+    @pytest.mark.bad_input(28, got="not UNKNOWN")
     def test_one_message_too_many_or_too_few(self, bench):
         """Row 28, wrong cardinality: gRPC's own business, but nothing may hang on it or leave as UNKNOWN."""
         message = lg.JoinRequest(request=bench.request(protocol=0), slot="x/0").SerializeToString()
@@ -109,12 +117,14 @@ class TestCalls:
                     channel.stream_unary(JOIN)(iter(messages), timeout=1)
                 assert refused.value.code() not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
 
+    @pytest.mark.bad_input(69, got="DEADLINE_EXCEEDED")
     def test_an_expired_deadline(self, bench):
         request = ps.PullRequest(request=bench.client.header()).SerializeToString()
         with grpc.insecure_channel(bench.server) as channel, pytest.raises(grpc.RpcError) as refused:
             list(channel.unary_stream(PULL)(request, timeout=-1))
         assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
+    @pytest.mark.bad_input(69, got="SEQ_GAP after a second")
     def test_a_push_without_a_deadline_is_held_as_long_as_any_other(self, bench):
         """Row 69: servers have deadlines of their own, so that a call without one ends too."""
         header = bench.header(sequenced=ps.SequenceKey(seq=2))
@@ -122,6 +132,7 @@ class TestCalls:
             answer = channel.stream_unary(PUSH)(iter([framing.encode(header, [GRADIENT])]))
         assert ps.PushResponse.FromString(answer).outcomes[0].error.reason == "SEQ_GAP"
 
+    @pytest.mark.bad_input(69, got="WAITING_FOR_WORKERS")
     def test_a_wait_at_the_ledger_without_a_deadline_ends(self, bench, monkeypatch):
         """Row 69. The patience of a poll is shortened, not the test's."""
         monkeypatch.setattr("paramesh_server.ledger_service.POLL_S", 0.3)
@@ -141,6 +152,7 @@ class TestCalls:
             bench.ledger("Leave", lg.LeaveRequest())
         bench.snapshot()
 
+    @pytest.mark.bad_input(66, got="closed")
     def test_other_protocols_on_the_port(self, bench):
         host, _, port = bench.server.rpartition(":")
         for hello in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 16, b"\x16\x03\x01\x02\x00\x01"):
@@ -155,11 +167,13 @@ class TestCalls:
 class TestFloods:
     """Rows 71 and 72. One connection misbehaves; the fixture's client is served after it."""
 
+    @pytest.mark.bad_input(71, got="a limit is announced")
     def test_a_server_says_how_many_streams_a_connection_may_have(self, bench):
         for address in (bench.server, bench.control, bench.cluster.address):
             with Raw(address) as raw:
                 assert 0 < raw.settings()[MAX_CONCURRENT_STREAMS] <= 4096
 
+    @pytest.mark.bad_input(71, got="REFUSED_STREAM")
     def test_ten_thousand_streams_on_a_connection(self, bench):
         with Raw(bench.server) as raw:
             raw.settings()
@@ -171,6 +185,7 @@ class TestFloods:
                 refusal = raw.until(RESET)
             assert refusal is not None
 
+    @pytest.mark.bad_input(71, got="served or closed")
     def test_streams_that_are_opened_and_reset_as_fast_as_can_be(self, bench):
         with Raw(bench.server) as raw:
             raw.settings()
@@ -179,6 +194,7 @@ class TestFloods:
                 if not raw.send_all(b"".join(pairs)):
                     break
 
+    @pytest.mark.bad_input(72, got="GOAWAY too_many_pings")
     def test_a_flood_of_pings_ends_the_connection(self, bench):
         with Raw(bench.server) as raw:
             raw.settings()

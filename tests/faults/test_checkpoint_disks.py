@@ -104,6 +104,7 @@ def test_a_full_disk_under_the_coordinator_stops_decisions_and_makes_no_wrong_on
 
 
 @pytest.mark.soak
+@pytest.mark.bad_input(58, got="DAMAGED")
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(process_cluster, tmp_path):
     """Row 36: a bit flipped, a file cut, any file: found before anything is touched; `latest` falls back."""
     archive = Archive(str(tmp_path / "root"))

@@ -160,6 +160,7 @@ def test_the_files_are_what_the_manifest_says(tmp_path):
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.bad_input(36, got="OLD_GENERATION")
 def test_the_old_generation_changes_nothing(tmp_path):
     """Invariant 25: who was there before the restore is refused, whatever it does; then the run goes on."""
     with trained(tmp_path, 7) as (cluster, name, values, losses):
@@ -192,6 +193,7 @@ def test_the_old_generation_changes_nothing(tmp_path):
     assert script.losses[0] == losses[0][-len(script.losses[0]) :]
 
 
+@pytest.mark.bad_input(58, got="DAMAGED")
 def test_damage_is_found_before_anything_is_touched(tmp_path):
     with trained(tmp_path, 7) as (cluster, name, _, _):
         file = tmp_path / name / "partition-2.safetensors"
@@ -208,6 +210,7 @@ def test_damage_is_found_before_anything_is_touched(tmp_path):
         assert cluster._coordinator._driver.state.job.generation == 1
 
 
+@pytest.mark.bad_input(62, got="refused")
 def test_a_newer_release_and_another_schema_are_refused(tmp_path):
     with trained(tmp_path, 7) as (cluster, name, _, _):
         path = tmp_path / name / "MANIFEST.json"

@@ -291,6 +291,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
     STALLED_MS_FIELD_NUMBER: builtins.int
     STALLED_AT_FIELD_NUMBER: builtins.int
     LOADS_FIELD_NUMBER: builtins.int
+    MEMORY_TIGHT_FIELD_NUMBER: builtins.int
     kind: global___NodeKind.ValueType
     name: builtins.str
     """name and incarnation of a server or host; a client is request.client_id."""
@@ -310,6 +311,8 @@ class HeartbeatRequest(google.protobuf.message.Message):
     """
     stalled_at: builtins.str
     """stalled_at says which, for people: "partition 3", "the event loop"."""
+    memory_tight: builtins.bool
+    """memory_tight: the server is above its memory watermark. It gets no new tables until it says otherwise."""
     @property
     def request(self) -> paramesh.v1.types_pb2.RequestHeader: ...
     @property
@@ -333,9 +336,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
         stalled_ms: builtins.int = ...,
         stalled_at: builtins.str = ...,
         loads: collections.abc.Iterable[global___PartitionLoad] | None = ...,
+        memory_tight: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["applied_lsn", b"applied_lsn", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "echo", b"echo", "incarnation", b"incarnation", "kind", b"kind", "loads", b"loads", "name", b"name", "queue_depth", b"queue_depth", "request", b"request", "rss_bytes", b"rss_bytes", "stalled_at", b"stalled_at", "stalled_ms", b"stalled_ms", "value_bytes", b"value_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_lsn", b"applied_lsn", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "echo", b"echo", "incarnation", b"incarnation", "kind", b"kind", "loads", b"loads", "memory_tight", b"memory_tight", "name", b"name", "queue_depth", b"queue_depth", "request", b"request", "rss_bytes", b"rss_bytes", "stalled_at", b"stalled_at", "stalled_ms", b"stalled_ms", "value_bytes", b"value_bytes"]) -> None: ...
 
 global___HeartbeatRequest = HeartbeatRequest
 

@@ -598,7 +598,9 @@ class InstallHeader(google.protobuf.message.Message):
     @property
     def state(self) -> global___ReplicaState: ...
     @property
-    def frame(self) -> paramesh.v1.types_pb2.Frame: ...
+    def frame(self) -> paramesh.v1.types_pb2.Frame:
+        """frame is last on the final message, which has no payload: without it the snapshot is not whole."""
+
     def __init__(
         self,
         *,

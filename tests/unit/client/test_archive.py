@@ -77,6 +77,7 @@ def test_retention_never_takes_the_newest_complete_one(archive):
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "/etc", "a\0b", "."])
+@pytest.mark.bad_input(57, got="PATH or NAME")
 def test_names_do_not_leave_the_root(archive, name):
     for act in (archive.folder, archive.draft, archive.manifest, archive.remove, archive.exists):
         with pytest.raises(ParameshError) as caught:
@@ -84,6 +85,7 @@ def test_names_do_not_leave_the_root(archive, name):
         assert caught.value.reason == "PATH"
 
 
+@pytest.mark.bad_input(57, got="PATH")
 def test_links_do_not_leave_the_root(tmp_path):
     outside = Archive(str(tmp_path / "outside"))
     make(outside, "c", 1)
@@ -97,6 +99,7 @@ def test_links_do_not_leave_the_root(tmp_path):
     assert archive.complete() == []
 
 
+@pytest.mark.bad_input(57, got="not followed")
 def test_files_that_are_links_are_not_followed(tmp_path):
     archive = Archive(str(tmp_path))
     make(archive, "c", 1)
@@ -117,6 +120,7 @@ def test_files_that_are_links_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer", "gone"])
 @pytest.mark.parametrize("victim", sorted(CONTENT))
+@pytest.mark.bad_input(58, 60, got="DAMAGED")
 def test_damage_is_named(tmp_path, victim, damage):
     archive = Archive(str(tmp_path))
     make(archive, "c", 1)
@@ -132,6 +136,7 @@ def test_damage_is_named(tmp_path, victim, damage):
     assert caught.value.reason == "DAMAGED"
 
 
+@pytest.mark.bad_input(58, got="ignored, named")
 def test_an_extra_file_is_a_stranger(archive):
     make(archive, "c", 1)
     folder = archive.folder("c")
@@ -141,6 +146,7 @@ def test_an_extra_file_is_a_stranger(archive):
     assert folder.strangers() == ["extra"]
 
 
+@pytest.mark.bad_input(61, got="FORMAT")
 def test_pickles_are_refused(tmp_path):
     import torch
 

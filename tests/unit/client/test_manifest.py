@@ -74,12 +74,14 @@ def test_what_was_written_is_read():
         ("\ufeff{}", "BOM"),
     ],
 )
+@pytest.mark.bad_input(59, got="FORMAT")
 def test_hostile_json_is_refused(text, said):
     with pytest.raises(ParameshError, match=said) as caught:
         manifest.parse(text.encode(), "here")
     assert caught.value.reason == "FORMAT"
 
 
+@pytest.mark.bad_input(59, got="FORMAT")
 def test_no_utf8_and_too_much_are_refused():
     for data in (b"\xff\xfe{}", b" " * (manifest.MAX_BYTES + 1)):
         with pytest.raises(ParameshError) as caught:
@@ -134,6 +136,7 @@ def spoil(path, value):
         (["files"], [], "FORMAT"),
     ],
 )
+@pytest.mark.bad_input(59, got="typed refusal")
 def test_what_does_not_fit_is_refused(path, value, reason):
     with pytest.raises(ParameshError) as caught:
         read(spoil(path, value))
@@ -168,6 +171,7 @@ def test_any_value_anywhere_is_read_or_refused(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
+@pytest.mark.bad_input(59, got="typed refusal")
 def test_any_bytes_are_refused_by_type(data):
     for act in (lambda: manifest.parse(data, "x"), lambda: partition_file.read(data, "x")):
         try:
@@ -211,6 +215,7 @@ def test_a_partition_comes_back_and_others_can_read_it(tmp_path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 255), st.booleans())
+@pytest.mark.bad_input(60, got="DAMAGED")
 def test_a_spoilt_partition_is_refused_or_still_whole(at, change, cut):
     _, _, data = stored()
     at %= len(data)
@@ -240,6 +245,7 @@ def test_a_spoilt_partition_is_refused_or_still_whole(at, change, cut):
         {},
     ],
 )
+@pytest.mark.bad_input(60, got="DAMAGED")
 def test_safetensors_that_lie_are_refused(header):
     header["__metadata__"] = {"paramesh": "1"}
     text = json.dumps(header).encode()
@@ -249,6 +255,7 @@ def test_safetensors_that_lie_are_refused(header):
     assert caught.value.reason == "DAMAGED"
 
 
+@pytest.mark.bad_input(60, got="DAMAGED")
 def test_a_huge_header_is_refused():
     with pytest.raises(ParameshError) as caught:
         partition_file.read((1 << 63).to_bytes(8, "little") + b"{}", "x")

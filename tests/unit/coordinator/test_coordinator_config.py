@@ -115,6 +115,8 @@ def test_the_flags_of_ps_coordinator_are_frozen() -> None:
         "--heartbeat-interval", "--failure-timeout", "--client-timeout", "--gather", "--step-timeout", "--insecure",
         "--tls-cert", "--tls-key", "--tls-ca", "--token-keys",
         "--checkpoint-dir", "--checkpoint-every", "--checkpoint-keep", "--restore",
+        "--max-table-bytes", "--max-tables", "--max-partitions", "--max-clients", "--max-connections", "--max-calls",
+        "--max-uploads", "--memory-watermark",
         "--log-level", "--version",
     }  # fmt: skip
 

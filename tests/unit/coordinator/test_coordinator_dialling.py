@@ -21,6 +21,7 @@ def port() -> Iterator[int]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.8.8", "[::1]", "169.254.3.4", "[fe80::1]"])
 @pytest.mark.parametrize("peer", [ELSEWHERE, "ipv6:%5B2001:db8::7%5D:41234", "ipv6:[2001:db8::7]:41234"])
+@pytest.mark.bad_input(44, got="ADDRESS")
 def test_another_hosts_loopback_and_link_local_addresses_are_refused(host: str, peer: str, port: int) -> None:
     with pytest.raises(ParameshError) as refused:
         asyncio.run(check_address(f"{host}:{port}", "address", peer))

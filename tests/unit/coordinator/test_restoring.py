@@ -113,6 +113,7 @@ def test_a_restore_takes_everything_of_before_away() -> None:
         ({"name": "other"}, "FORMAT"),
     ],
 )
+@pytest.mark.bad_input(62, got="SCHEMA and others")
 def test_schemas_that_do_not_fit_are_refused(change, reason) -> None:
     spoilt = dataclasses.replace(MANIFEST, tables=(dataclasses.replace(MANIFEST.tables[0], **change),))
     with pytest.raises(ParameshError) as caught:

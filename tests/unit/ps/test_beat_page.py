@@ -8,7 +8,7 @@ import pytest
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh_server.beat import PAGE, Figures, Page
 
-FULL = Figures(1, 2, 3, 4, 5, 6, 70, "partition 8", ((1, 10), (9, 1 << 40)))
+FULL = Figures(1, 2, 3, 4, 5, 6, 70, "partition 8", ((1, 10), (9, 1 << 40)), True)
 
 
 @pytest.fixture
@@ -50,4 +50,5 @@ def test_a_page_that_nobody_writes_any_more_is_a_loop_that_stands_still(fd):
 def test_a_beat_carries_all_of_it():
     beat = FULL.put(co.HeartbeatRequest(name="a"))
     assert (beat.name, beat.stalled_ms, beat.stalled_at, beat.rss_bytes) == ("a", 70, "partition 8", 6)
+    assert beat.memory_tight
     assert [(load.partition, load.requests) for load in beat.loads] == [(1, 10), (9, 1 << 40)]

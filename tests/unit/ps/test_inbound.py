@@ -19,11 +19,14 @@ from paramesh_server.shards import Held
 from ps_building import fresh, table
 
 ME, PRIMARY = Ref("a", 1), Ref("b", 1)
+PARTITION = 1
 SPEC = table([4], "SGD", {"lr": 0.5})
 
 
 def fence(lsn: int, epoch: int) -> Record:
-    return record_of(rp.LogRecord(epoch=epoch, lsn=lsn, kind=rp.RECORD_KIND_FENCE, client_id=lsn), ())
+    return record_of(
+        rp.LogRecord(partition=PARTITION, epoch=epoch, lsn=lsn, kind=rp.RECORD_KIND_FENCE, client_id=lsn), ()
+    )
 
 
 async def stream(*headers: rp.AppendHeader) -> AsyncIterator[Framed[rp.AppendHeader]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from paramesh.channel import header
 from paramesh.framing import decode
+from paramesh.headroom import Headroom
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.counters import Counters
@@ -17,7 +18,8 @@ from paramesh_server.outbound import Outbound
 from paramesh_server.pace import Pace
 from paramesh_server.reads import Reads
 from paramesh_server.replica import Role
-from paramesh_server.servicer import DataPlane
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
 from paramesh_server.shards import Held, Shards
 from ps_building import random_gradients, ready, record, stage, table
 
@@ -35,7 +37,9 @@ class World:
 
     def __init__(self) -> None:
         self.shards = Shards(ThreadPoolExecutor(1), lambda _: True, lambda: asyncio.sleep(0))
-        self.plane = DataPlane("job", lambda: 1, self.shards, Counters(), 1 << 30)
+        self.plane = DataPlane(
+            "job", lambda: 1, self.shards, Counters(), PlaneLimits(1 << 30, 1024, 1 << 28), Room(Headroom(0.0))
+        )
         self.reads = Reads(self.plane, Counters())
         self.held: Held = self.shards.add(ready(SPEC), ME)
         row = pb.Partition(id=1, version=1, epoch=1, isr=[ME.proto(), OTHER.proto()])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from paramesh.channel import header
 from paramesh.errors import ParameshError, refuse
+from paramesh.headroom import Headroom
 from paramesh.retry import Backoff
 from paramesh.routing import Routes, cut
 from paramesh.v1 import coordinator_pb2 as co
@@ -23,7 +24,8 @@ from paramesh_server.insync import Ref
 from paramesh_server.ledger_host import LedgerHost
 from paramesh_server.placement import Placement
 from paramesh_server.process import fingerprint
-from paramesh_server.servicer import DataPlane
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
 from paramesh_server.shards import Shards
 from paramesh_server.staging import Budget
 from ps_building import random_gradients, stage, table, value_writes
@@ -70,7 +72,9 @@ class Node:
         self.shards = Shards(ThreadPoolExecutor(1), lambda p: self.placement.mine(p), lambda: self.placement.refresh())
         self.placement = Placement(ME, "job", self.link, self.shards, self.ledger, Budget(1 << 30))  # type: ignore[arg-type]
         self.link.listeners.append(self.placement.on_map)
-        self.plane = DataPlane("job", lambda: 1, self.shards, Counters(), 1 << 30)
+        self.plane = DataPlane(
+            "job", lambda: 1, self.shards, Counters(), PlaneLimits(1 << 30, 1024, 1 << 28), Room(Headroom(0.0))
+        )
         self.control = ServerControl("job", lambda: 1, self.plane, self.ledger)
 
     async def follow(self, routes: Routes) -> None:

@@ -13,6 +13,7 @@ import torch
 from paramesh.channel import header
 from paramesh.errors import ParameshError, refuse
 from paramesh.framing import Framed, checksum, decode, verify
+from paramesh.headroom import Headroom
 from paramesh.routing import Routes
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
@@ -21,8 +22,9 @@ from paramesh_server.counters import Counters
 from paramesh_server.insync import Ref
 from paramesh_server.partition import Partition
 from paramesh_server.reads import Reads
-from paramesh_server.servicer import DataPlane
-from paramesh_server.shards import Shards
+from paramesh_server.room import Room
+from paramesh_server.servicer import DataPlane, PlaneLimits
+from paramesh_server.shards import LAG_ANYWAY, LAG_RECORDS, Shards
 from ps_building import GROUP, fresh, random_gradients, raw, ready, record, table
 
 T = TypeVar("T")
@@ -49,6 +51,10 @@ class Context:
         return self._remaining
 
 
+def limits(in_flight: int = 1 << 30, queue: int = 1024, lag: int = 1 << 28) -> PlaneLimits:
+    return PlaneLimits(in_flight, queue, lag)
+
+
 class Plane:
     """A data plane over some partitions; the map says what else there is."""
 
@@ -68,7 +74,7 @@ class Plane:
         self._take_map()
         for partition in partitions:
             lead_alone(self.shards, partition)
-        self.plane = DataPlane("job", lambda: 3, self.shards, self.counters, in_flight)
+        self.plane = DataPlane("job", lambda: 3, self.shards, self.counters, limits(in_flight), Room(Headroom(0.0)))
         self.reads = Reads(self.plane, self.counters)
 
     def _take_map(self) -> None:
@@ -269,6 +275,38 @@ def test_a_flood_is_told_to_wait() -> None:
         assert caught.value.reason == "OVERLOADED"
         assert int(caught.value.metadata["retry_after_ms"]) > 0
         assert plane.counters.in_flight == 0
+
+    on_loop(test)
+
+
+def test_a_partition_with_too_much_to_do_says_so() -> None:
+    async def test() -> None:
+        partition = ready(SPEC)
+        plane = Plane(partition)
+        plane.plane._limits = limits(queue=0)
+        with pytest.raises(ParameshError) as refused:
+            await plane.plane.find(partition.id, partition.epoch)
+        assert (refused.value.reason, "--max-queue" in str(refused.value)) == ("OVERLOADED", True)
+
+    on_loop(test)
+
+
+def test_a_primary_whose_followers_lack_too_much_takes_no_more(monkeypatch) -> None:
+    """A few records may be as large as they are; many, or more bytes than the limit, are held for nobody."""
+
+    async def test() -> None:
+        held = next(iter(Plane(ready(SPEC)).shards.held.values()))
+        held.replica.insync.commit = held.partition.log.lsn - LAG_ANYWAY
+        held.check_lag(0)
+        held.replica.insync.commit -= 1
+        held.check_lag(1 << 20)
+        monkeypatch.setattr(held.partition.log, "bytes_after", lambda _: 100)
+        with pytest.raises(ParameshError) as refused:
+            held.check_lag(99)
+        assert (refused.value.reason, "--max-lag-bytes" in str(refused.value)) == ("OVERLOADED", True)
+        held.replica.insync.commit = held.partition.log.lsn - LAG_RECORDS - 1
+        with pytest.raises(ParameshError):
+            held.check_lag(1 << 30)
 
     on_loop(test)
 
