@@ -42,7 +42,7 @@ def outside(address: str) -> bool:
 
 
 def test_every_role_with_defaults_is_out_of_reach_of_other_machines() -> None:
-    with ProcessCluster(servers=0) as cluster:
+    with ProcessCluster(servers=0, min_servers=1) as cluster:
         server = [sys.executable, "-m", "paramesh_server.cli", "--coordinator", cluster.coordinator_address]
         metrics = ["--metrics-port", str(cluster.port + 1)]
         cluster.start_command("server", [*server, *metrics])
