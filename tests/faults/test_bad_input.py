@@ -45,7 +45,8 @@ def bench(shared_bench) -> Bench:
 
 @pytest.fixture(scope="module")
 def shared_far() -> Iterator[ProcessBench]:
-    with ProcessCluster(client_timeout=600.0, gather=0.0) as cluster:
+    # Rows register supervisors that never beat: their death would be a decision in the middle of a later row.
+    with ProcessCluster(client_timeout=600.0, failure_timeout=600.0, gather=0.0) as cluster:
         cluster.kill("coordinator")
         cluster.restart("coordinator")  # term 2, so that there is a lower one
         cluster.wait_until(cluster.live_servers, 20, "the coordinator to be back")
