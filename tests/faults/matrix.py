@@ -93,8 +93,6 @@ ROWS: dict[int, tuple[str, str]] = {
 NOT_THERE = {
     **dict.fromkeys((13, 14, 15, 16, 17), "not there yet: embedding tables (a push carries no row ids on this wire)"),
     **dict.fromkeys((24, 25), "not there yet: codecs; today CODEC, before a byte is looked at (row 23)"),
-    **dict.fromkeys((40, 63, 64, 65), "not there yet: tokens and certificates"),
-    67: "not there yet: tokens; today a bind that others reach is refused without --insecure (row 73)",
 }
 """Rows about what this release does not have. The first test that shows one takes its line here away."""
 

@@ -41,16 +41,20 @@ ROWS = [
     (RUN, ["-m", "no_such_module"], "no_such_module"),
     (COORDINATOR, ["--tls-cert", "c.pem"], "--tls-key"),
     (COORDINATOR, ["--tls-cert", "c.pem", "--tls-key", "c.key", "--tls-ca", "no_such_ca"], "--tls-cert"),
-    (COORDINATOR, ["--bind", "0.0.0.0:7070", "--insecure", "--token-keys", "@keys"], "--token-keys"),
     (COORDINATOR, ["--token-keys", "@open"], "mode 0644"),
     (SERVER, [*AT, "--tls-cert", "s.pem", "--tls-ca", "ca.pem"], "--tls-key"),
-    (SERVER, ["--coordinator", "10.0.0.1:7070", "--token-keys", "@keys"], "unencrypted"),
     (WORKER, [*AT, "--tls-ca", "ca.pem", __file__], "--tls-cert"),
-    (WORKER, ["--coordinator", "10.0.0.1:7070", "--token-file", "@token", __file__], "unencrypted"),
     (WORKER, [*AT, "--token-file", "@keys", __file__], "--token-file"),
     (WORKER, [*AT, "--name", "other", "--token-file", "@token", __file__], "--name"),
 ]
 """Files that begin with @ are made for the test, with that name."""
+
+OPEN = [
+    (COORDINATOR, ["--bind", "0.0.0.0:7070", "--insecure", "--token-keys", "@keys"], "--token-keys"),
+    (SERVER, ["--coordinator", "10.0.0.1:7070", "--token-keys", "@keys"], "unencrypted"),
+    (WORKER, ["--coordinator", "10.0.0.1:7070", "--token-file", "@token", __file__], "unencrypted"),
+]
+"""Tokens that would travel where others can read them."""
 
 
 def run(program: list[str], flags: list[str]) -> subprocess.CompletedProcess[str]:
@@ -77,6 +81,12 @@ def test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named, tmp_pa
     assert ended.returncode == 2, ended.stderr
     assert named in ended.stderr or named.replace("_", "-") in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("program", "flags", "named"), OPEN, ids=[p[1] for p, _, _ in OPEN])
+@pytest.mark.bad_input(67, got="exit 2, key named")
+def test_a_token_over_an_open_network_is_refused_at_the_start(program, flags, named, tmp_path):
+    test_a_wrong_flag_is_named_and_the_status_is_2(program, flags, named, tmp_path)
 
 
 @pytest.mark.parametrize(

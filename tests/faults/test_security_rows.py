@@ -75,6 +75,7 @@ def lives(cluster: SecureInProcess) -> bool:
 # ---------------------------------------------------------------------- row 64: roles
 
 
+@pytest.mark.bad_input(64, got="PERMISSION_DENIED")
 @pytest.mark.parametrize("role", list(Role))
 def test_every_call_is_for_the_roles_of_the_table_only(cluster: SecureInProcess, role: Role) -> None:
     """An empty request of everybody to everything: refused as the table says, or further on for what it lacks."""
@@ -170,6 +171,7 @@ def foreign(request: pb.RequestHeader) -> dict[str, tuple[str, Role, bytes]]:
     }
 
 
+@pytest.mark.bad_input(40, got="PERMISSION_DENIED")
 def test_nobody_speaks_in_anothers_name(cluster: SecureInProcess) -> None:
     victim = cluster.connect("victim")
     for path, (port, role, body) in foreign(victim.header()).items():
@@ -193,6 +195,7 @@ def test_a_server_does_not_beat_for_a_host_nor_a_worker_for_a_server(cluster: Se
         assert got == "PERMISSION_DENIED"
 
 
+@pytest.mark.bad_input(63, got="PERMISSION_DENIED (another job's)")
 def test_another_jobs_identity_is_refused(cluster: SecureInProcess) -> None:
     """Row 63, the last part; by certificate too."""
     me = cluster.credentials(Role.OBSERVER, job="another")
@@ -202,6 +205,7 @@ def test_another_jobs_identity_is_refused(cluster: SecureInProcess) -> None:
 # ---------------------------------------------------------------------- row 63: tokens
 
 
+@pytest.mark.bad_input(63, got="UNAUTHENTICATED")
 def test_wrong_tokens(tokened: SecureInProcess) -> None:
     now, who = time.time(), Identity("default", Role.OBSERVER, "me")
     good = tokened.keys.sign(who, now + 60)
@@ -245,6 +249,7 @@ def test_a_probe_needs_no_token(tokened: SecureInProcess) -> None:
 # ---------------------------------------------------------------------- row 65: certificates
 
 
+@pytest.mark.bad_input(65, got="no connection")
 def test_wrong_certificates(certified: SecureInProcess, tmp_path) -> None:
     """No handshake without a certificate of this CA that is valid now; whose it is does not matter before that."""
     good = certified.credentials(Role.OBSERVER, "good")
@@ -274,6 +279,7 @@ def nameless_certificate(cluster: SecureInProcess, folder: Path) -> Security:
     return Security(str(cert), str(key), str(cluster.authority.folder / "ca.pem"))
 
 
+@pytest.mark.bad_input(65, got="UNAUTHENTICATED (names nobody)")
 def test_a_certificate_that_names_nobody(certified: SecureInProcess, tmp_path) -> None:
     """gRPC has no hook in the handshake for names: it comes about, and every call is refused but a probe."""
     nameless = nameless_certificate(certified, tmp_path)
@@ -310,6 +316,7 @@ HELLOS = {
 }
 
 
+@pytest.mark.bad_input(66, got="closed")
 @pytest.mark.parametrize("hello", HELLOS)
 def test_other_protocols_on_a_tls_port(certified: SecureInProcess, hello: str) -> None:
     for address in certified.ports.values():
@@ -325,6 +332,7 @@ def test_other_protocols_on_a_tls_port(certified: SecureInProcess, hello: str) -
     assert lives(certified)
 
 
+@pytest.mark.bad_input(66, got="closed")
 def test_plaintext_to_a_tls_port_and_tls_to_a_plaintext_one(certified, tokened) -> None:
     for address in certified.ports.values():
         assert ask(address, PLAIN, STATUS, STATUS_BODY) == "UNREACHABLE"
