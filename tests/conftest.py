@@ -91,15 +91,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/containers run on."""
+    parser.addoption("--backend", choices=["compose", "netns", "processes"], help="hosts for tests/containers")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A hang shows where every thread stands (pytest-timeout uses it too)."""
     faulthandler.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soak tests run when asked for (`-m soak`), not by accident; those of etcd where etcd is, or when asked for."""
+    """Soak tests run when asked for (`-m soak`), not by accident; those of etcd where etcd is, or when asked for.
+
+    Those on several hosts need `--backend`.
+    """
     asked = config.getoption("markexpr") or ""
     left_out = {"soak"} if "soak" not in asked else set()
+    if not config.getoption("backend"):
+        left_out.add("hosts")
     if "etcd" not in asked and not etcd.available():
         left_out.add("etcd")
     apart = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
