@@ -78,6 +78,11 @@ def pass_time(cluster: HostCluster, seconds: float) -> None:
     cluster.wait_until(lambda: time.monotonic() >= end, seconds + 5, "time to pass")
 
 
+def applied(cluster: HostCluster) -> int:
+    """Records that all servers have applied, copies too."""
+    return sum(row["applied_lsn"] for row in cluster.psctl("status", "--json")["servers"])
+
+
 def last_acknowledged(pusher: WorkerHandle, partition: int, healed: float) -> float:
     """When a partition last acknowledged before a gap that ended after `healed`; 0 while it is not over."""
     for event in pusher.events():

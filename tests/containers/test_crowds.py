@@ -9,7 +9,7 @@ import pytest
 import torch
 from paramesh.errors import ParameshError
 
-from tests.containers.scenes import longest_stall, pass_time, pushed
+from tests.containers.scenes import applied, longest_stall, pass_time, pushed
 
 pytestmark = pytest.mark.hosts
 
@@ -44,10 +44,9 @@ def test_a_thousand_idle_and_two_hundred_slow_connections(cluster_of, say):
 
 def acknowledged_within(scene, seconds: float) -> int:
     """Records that all partitions applied in so many seconds."""
-    count = lambda: sum(row["applied_lsn"] for row in scene.cluster.psctl("status", "--json")["servers"])  # noqa: E731
-    before = count()
+    before = applied(scene.cluster)
     pass_time(scene.cluster, seconds)
-    return count() - before
+    return applied(scene.cluster) - before
 
 
 def test_a_flood_of_tables_is_refused_and_kills_nobody(cluster_of, say):

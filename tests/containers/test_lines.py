@@ -15,7 +15,9 @@ BAD = Line(delay=0.05, jitter=0.02, loss=0.05, duplicate=0.01)
 """5 % lost in each direction, 50 ms later, 20 ms more or less, so that packets overtake each other."""
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(120, marks=pytest.mark.soak)], ids=["short", "two minutes"])
+@pytest.mark.parametrize(
+    "seconds", [12, pytest.param(120, marks=[pytest.mark.soak, pytest.mark.timeout(400)])], ids=["short", "two minutes"]
+)
 def test_lost_late_repeated_and_reordered_packets_make_no_failover(cluster_of, say, seconds):
     """Row 25: nobody is held for dead, no epoch rises, and counts are exact."""
     scene = pushed(cluster_of)

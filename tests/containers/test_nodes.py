@@ -45,7 +45,7 @@ def test_a_primary_that_is_frozen_and_thawed(cluster_of, say):
 
 def test_a_rolling_restart_of_every_node_under_load(cluster_of, say):
     """Row 32: each server drains, ends with 0 and comes back, then the coordinator; no push fails."""
-    scene = pushed(cluster_of, checkpoint_dir="")
+    scene = pushed(cluster_of)
     for name in ("server-0", "server-1", "server-2"):
         replication.wait_until_in_sync(scene.cluster, 2)
         scene.cluster.terminate(name)
