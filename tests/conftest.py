@@ -94,6 +94,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What tests/containers run on."""
     parser.addoption("--backend", choices=["compose", "netns", "processes"], help="hosts for tests/containers")
+    parser.addoption("--trimmed", action="store_true", help="of tests/containers those that fit into a CI run")
 
 
 def pytest_configure(config: pytest.Config) -> None:

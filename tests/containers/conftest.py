@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Scenarios that need wires, or containers, are left out where there are none, before anything is started."""
     if not config.getoption("backend"):
         return
-    lacks = backends.LACKS[config.getoption("backend")]
+    lacks = [*backends.LACKS[config.getoption("backend")], *(["long"] if config.getoption("trimmed") else [])]
     apart = [item for item in items if any(item.get_closest_marker(name) for name in lacks)]
     config.hook.pytest_deselected(items=apart)
     items[:] = [item for item in items if item not in apart]
