@@ -49,6 +49,8 @@ case $cmd in
 down) down ;;
 up)
     [ -e "$D/root/.complete" ] || { rm -rf "$D/debs" "$D/root"; (fetch) >&2; }
+    # Docker's own DNS needs it, inside the containers' namespaces.
+    command -v iptables >/dev/null || (apt-get -qq update && apt-get -qq install -y iptables) >&2
     export PATH="$D/root/usr/sbin:$D/root/usr/bin:$PATH"
     if ! alive; then
         down
