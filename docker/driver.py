@@ -17,6 +17,8 @@ import time
 from typing import Any
 
 POLL_S = 0.5
+ALONE_S = 15.0
+"""After SIGTERM: so long without any worker means that none comes any more. Above what a machine takes to register."""
 
 
 def status() -> dict[str, Any]:
@@ -36,16 +38,38 @@ def verdict(found: dict[str, Any], machines: int) -> str | None:
     return ", ".join(wrong) if last else "no worker ever joined"
 
 
+class Asked:
+    """Whether the driver was asked to end, and since when no worker has been there."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._seen = time.monotonic()
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        print("driver: waiting for the workers to end", flush=True)
+        self.stopping, self._seen = True, time.monotonic()
+
+    def in_vain(self, found: dict[str, Any]) -> bool:
+        """Whether there is nobody to wait for."""
+        if any(host["state"] == "live" for host in found.get("hosts", [])):
+            self._seen = time.monotonic()
+        return self.stopping and time.monotonic() - self._seen > ALONE_S
+
+
 def main() -> int:
     """Wait, show, judge."""
-    signal.signal(signal.SIGTERM, lambda *_: print("driver: waiting for the workers to end", flush=True))
+    asked = Asked()
     machines = int(os.environ["DRIVER_WORKERS"])
     end = time.monotonic() + float(os.environ.get("DRIVER_DEADLINE", "600"))
     while time.monotonic() < end:
-        wrong = verdict(status(), machines)
-        if wrong is None:
+        found = status()
+        wrong = verdict(found, machines)
+        if wrong is None and not asked.in_vain(found):
             time.sleep(POLL_S)
             continue
+        if wrong is None:
+            wrong = "no worker is there any more, and not all had come"
         subprocess.run(["psctl", "status"])
         print(f"driver: {wrong or 'every worker is done'}", flush=True)
         return 1 if wrong else 0

@@ -45,6 +45,8 @@ def ready() -> str:
         _start()
     version = _docker("version", "--format", "{{.Server.Version}}").strip()
     build()
+    if private:
+        _docker("image", "prune", "-f")  # the images of the build before
     return f"{'private ' if private else ''}engine {version}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -46,6 +47,17 @@ def test_the_compose_file_trains_digits(project, say):
     assert len(accuracy) == 2, up.stdout[-5000:]
     say(accuracy=accuracy[0])
     assert min(accuracy) > 90
+
+
+@pytest.mark.long
+def test_a_script_that_is_not_there_is_the_exit_status(project, tmp_path):
+    """Whoever types the command hears that the job failed, though each container's end ends all."""
+    wrong = {"command": ["/no/such/script.py"]}
+    file = tmp_path / "wrong.yaml"
+    file.write_text(json.dumps({"services": {"worker-0": wrong, "worker-1": wrong}}))
+    project.command += ["-f", str(file)]
+    up = project.run("up", "--exit-code-from", "driver", deadline=170)
+    assert up.returncode == 1, up.stdout[-5000:]
 
 
 def test_images_hold_no_compiler_and_run_as_nobody(say):

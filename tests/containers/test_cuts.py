@@ -72,7 +72,7 @@ def test_a_primary_and_its_follower_that_do_not_hear_each_other(cluster_of, say)
     assert stall < 6.0
 
 
-@pytest.mark.parametrize("deaf", [True, False], ids=["deaf", "mute"])
+@pytest.mark.parametrize("deaf", [True, pytest.param(False, marks=pytest.mark.long)], ids=["deaf", "mute"])
 def test_a_primary_cut_off_in_one_direction(cluster_of, say, deaf):
     """Row 24: packets pass one way only."""
     scene = pushed(cluster_of)
@@ -88,6 +88,7 @@ def test_a_primary_cut_off_in_one_direction(cluster_of, say, deaf):
     say(recovered_s=round(took, 2), acked=found.acked)
 
 
+@pytest.mark.long
 def test_connections_reset_every_200_ms(cluster_of, say):
     """Row 26: pushes go on, none counts twice."""
     scene = pushed(cluster_of)

@@ -45,6 +45,7 @@ def test_damaged_bytes_of_tensors_are_found_and_sent_again(cluster_of, say):
     assert flipped > 10, "no byte was damaged"
 
 
+@pytest.mark.long
 def test_a_line_of_two_megabits(cluster_of, say):
     """A primary that can send little is slow, and that is all."""
     scene = pushed(cluster_of)

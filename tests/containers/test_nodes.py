@@ -30,6 +30,7 @@ def test_a_host_that_is_lost_is_replaced_by_another(cluster_of, say):
     say(recovered_s=round(took, 2), acked=found.acked, lost=found.lost, duplicated=found.duplicated)
 
 
+@pytest.mark.long
 def test_a_primary_that_is_frozen_and_thawed(cluster_of, say):
     """Row 9 across hosts: TCP still connects; what it had promised before counts for nothing after."""
     scene = pushed(cluster_of)
@@ -43,6 +44,8 @@ def test_a_primary_that_is_frozen_and_thawed(cluster_of, say):
     say(recovered_s=round(took, 2), acked=found.acked)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(400)
 def test_a_rolling_restart_of_every_node_under_load(cluster_of, say):
     """Row 32: each server drains, ends with 0 and comes back, then the coordinator; no push fails."""
     scene = pushed(cluster_of)

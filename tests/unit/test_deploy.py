@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -59,7 +60,7 @@ def test_the_compose_file_is_what_it_says():
     for name, service in services.items():
         assert "container_name" not in service
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
-        assert name == "driver" or service["restart"] == "on-failure"
+        assert service.get("restart", "no") == ("on-failure" if name.startswith(("coord", "server")) else "no")
 
 
 def documents(folder: pathlib.Path) -> list[Document]:
@@ -188,3 +189,32 @@ def test_the_dockerfile_runs_nobody_as_root_and_fetches_no_frontend():
         if "ENTRYPOINT" in stage:
             assert re.findall(r"^USER (\S+)", stage, re.MULTILINE)[-1] == "paramesh", stage
             assert '"tini", "--"' in stage
+
+
+def driver() -> Any:
+    spec = importlib.util.spec_from_file_location("driver", ROOT / "docker" / "driver.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LIVE, GONE = {"state": "live"}, {"state": "left"}
+DONE = {"role": "worker", "slot": "a/0", "reason": "left"}
+FAILED = {"role": "worker", "slot": "b/0", "reason": "exit code 1"}
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ({}, None),
+        ({"hosts": [LIVE, GONE], "workers": [DONE]}, None),
+        ({"hosts": [GONE, GONE], "workers": [DONE]}, ""),
+        ({"hosts": [GONE, GONE], "workers": [DONE, FAILED]}, "b/0: exit code 1"),
+        ({"hosts": [GONE, GONE], "workers": [FAILED, {**FAILED, "reason": "left"}]}, ""),
+        ({"hosts": [GONE, GONE], "workers": []}, "no worker ever joined"),
+    ],
+)
+def test_the_driver_says_what_became_of_the_job(found, verdict):
+    assert driver().verdict(found, machines=2) == verdict
