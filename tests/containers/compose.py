@@ -94,6 +94,7 @@ class ComposeCluster(HostCluster):
         return os.environ | {
             "COMPOSE_PROJECT_NAME": self.project,
             "PARAMESH_NETWORK": self.network,
+            "PARAMESH_PORT": "0",  # any free one: the test dials the container's own address
             "PARAMESH_COORDINATORS": self.coordinator_address,
             "PARAMESH_JOB_FLAGS": " ".join(f"--{key.replace('_', '-')}={value}" for key, value in settings.items()),
             "PARAMESH_STATE": f"etcd://{self.address('etcd')}:2379/paramesh/test"
