@@ -6,20 +6,20 @@ images and the wheels are kept between runs (default: paramesh-tests in the user
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.processes import ROOT
+from tests.containers.wires import missing
 
 HERE = Path(__file__).parent
 IMAGES = ("coordinator", "server", "worker", "tools")
+BUILT = ("coordinator", "server-0", "worker-0", "driver")
+"""Services that stand for all of one image."""
 STAND_IN = "paramesh-stand-in-"
 """What the names of images that stand for published ones begin with: `-python`, `-etcd`."""
 
@@ -40,6 +40,8 @@ def ready() -> str:
     Raises:
         pytest.UsageError: there is no engine and none could be started.
     """
+    if why := missing():
+        raise pytest.UsageError(f"--backend compose: {why}")
     private = not _answers()
     if private:
         _start()
@@ -78,15 +80,13 @@ def _docker(*words: str) -> str:
 
 def build() -> None:
     """Build what the compose file names."""
-    arguments = []
+    files = [ROOT / "docker" / "compose.yaml"]
     if not _pulled(PYTHON_IMAGE):
-        wheels = _made("wheelhouse")
+        os.environ["WHEELHOUSE"] = str(_made("wheelhouse"))
         os.environ["PYTHON_IMAGE"] = _imported("python", "base")
-        arguments = ["--network", "host", "--build-context", f"wheelhouse={wheels}",
-                     "--build-arg", f"PYTHON_IMAGE={os.environ['PYTHON_IMAGE']}"]  # fmt: skip
-    for target in IMAGES:
-        _docker("build", "-q", "-f", "docker/Dockerfile", "--target", target, "-t", f"paramesh-{target}", *arguments,
-                str(ROOT))  # fmt: skip
+        files.append(HERE / "compose.ci.yaml")
+    given = [word for file in files for word in ("-f", str(file))]
+    _docker("compose", *given, "build", "-q", *BUILT)
 
 
 def etcd_image() -> str:
@@ -117,13 +117,3 @@ def _imported(name: str, what: str) -> str:
     if subprocess.run(["docker", "image", "inspect", tag], capture_output=True).returncode:
         _docker("import", str(_made(what)), tag)
     return tag
-
-
-def wheelhouse_override(services: list[str]) -> Path:
-    """A compose file that has the build of each service use what was made here: only where no registry is."""
-    wheels = _made("wheelhouse")
-    build = {"network": "host", "additional_contexts": {"wheelhouse": str(wheels)}}
-    text = json.dumps({"services": {name: {"build": build} for name in services}})
-    file = Path(tempfile.gettempdir()) / f"paramesh-{hashlib.sha256(text.encode()).hexdigest()[:12]}.compose.json"
-    file.write_text(text)
-    return file

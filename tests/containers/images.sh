@@ -38,7 +38,7 @@ wheelhouse() {
     wheels=$D/wheels-$key
     if [ ! -d "$wheels" ]; then
         local python=$here/.venv/bin/python part=$wheels.part
-        rm -rf "$part"
+        rm -rf "$part" "$D"/wheels-*
         # torch by its name first, as `make install` does: what else asks for it finds it then.
         "$python" -m pip download -q --no-deps -d "$part" -c "$here/constraints.txt" torch >&2
         "$python" -m pip download -q --find-links "$part" -d "$part" -c "$here/constraints.txt" \

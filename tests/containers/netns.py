@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from tests.cluster.processes import START_DEADLINE, Process, ProcessCluster
 from tests.containers.hosts import HostCluster
-from tests.containers.wires import End, Wires
+from tests.containers.wires import End, Wires, missing
 
 HERE = Path(__file__).parent
 
@@ -34,11 +33,8 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 
 def available() -> str:
     """Why this machine cannot have such hosts; empty if it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    for program in ("ip", "nft", "nsenter"):
-        if shutil.which(program) is None:
-            return f"the program {program} is missing (apt-get install iproute2 nftables util-linux)"
+    if why := missing():
+        return why
     probe = f"pmprobe{os.getpid()}"
     done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", probe], capture_output=True)

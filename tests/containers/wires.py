@@ -8,6 +8,8 @@ and its kin are the work of `shaper.py`, in user space, the same on every kernel
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -40,6 +42,16 @@ class End:
     """Path of its network namespace."""
     address: str
     device: str = "eth0"
+
+
+def missing() -> str:
+    """Why this process cannot touch wires; empty if it can."""
+    if os.geteuid() != 0:
+        return "other network namespaces need root"
+    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nft", "nftables"), ("nsenter", "util-linux")):
+        if shutil.which(program) is None:
+            return f"the program {program} is missing (apt-get install {package})"
+    return ""
 
 
 class Wires:

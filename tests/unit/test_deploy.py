@@ -19,7 +19,7 @@ from typer.main import get_command
 
 ROOT = pathlib.Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-COMPOSE = sorted((ROOT / "docker").glob("compose*.yaml"))
+COMPOSE = [*sorted((ROOT / "docker").glob("compose*.yaml")), ROOT / "tests" / "containers" / "compose.ci.yaml"]
 VERSION = "1.31"
 """The oldest Kubernetes of which the manifests say that they run there."""
 
