@@ -54,6 +54,8 @@ up)
     export PATH="$D/root/usr/sbin:$D/root/usr/bin:$PATH"
     if ! alive; then
         down
+        # An engine that was killed leaves its mounts (namespaces of containers) and its socket.
+        awk -v own="$D/exec/" 'index($2, own) == 1 {print $2}' /proc/mounts | xargs -r umount -l
         rm -rf "$D/exec" "$D/docker.sock"
         setsid "$D/root/usr/sbin/dockerd" --iptables=false --ip6tables=false --bridge=none --data-root "$D/data" \
             --exec-root "$D/exec" -H "unix://$D/docker.sock" -p "$D/pid" \

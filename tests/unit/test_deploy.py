@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from paramesh_coordinator import cli as coordinator_cli
 from paramesh_server import cli as server_cli
+from paramesh_worker.config import WorkerConfig
 from typer.main import get_command
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -200,3 +202,35 @@ FAILED = {"role": "worker", "slot": "b/0", "reason": "exit code 1"}
 )
 def test_the_driver_says_what_became_of_the_job(found, verdict):
     assert driver().verdict(found, machines=2) == verdict
+
+
+SCRIPTS = [
+    *(ROOT / "deploy" / "slurm").iterdir(),
+    *(ROOT / "tests" / "containers").glob("*.sh"),
+    ROOT / "docker" / "install.sh",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_can_be_read_by_the_shell(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def known_flags(program: str) -> set[str]:
+    if program == "ps-worker":
+        return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(WorkerConfig)}
+    app = {"ps-coordinator": coordinator_cli.app, "ps-server": server_cli.app}[program]
+    return {flag for parameter in get_command(app).params for flag in parameter.opts}
+
+
+HOSTS = [*(ROOT / "deploy" / "systemd").iterdir(), *(ROOT / "deploy" / "slurm").iterdir()]
+
+
+@pytest.mark.parametrize("file", HOSTS, ids=lambda file: file.name)
+def test_hosts_start_commands_with_flags_that_exist(file):
+    text = file.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?!#).*?bin/(ps-\w+)\"? (.*)$", text, re.MULTILINE)
+    assert commands
+    for program, rest in commands:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known_flags(program), (program, rest)
