@@ -61,9 +61,11 @@ class ComposeCluster(HostCluster):
         *,
         coordinators: int = 0,
         memory_limit: int = 0,
+        server_flags: Sequence[str] = (),
         **config: Any,
     ) -> None:
         super().__init__(servers, directory, replicas, **config)
+        self.server_flags = list(server_flags)
         self.directory = directory or Path(tempfile.mkdtemp(prefix="paramesh-containers-"))
         self.directory.chmod(0o777)  # containers write their events as a user of their own
         self.number = next(self._numbers)
@@ -101,6 +103,7 @@ class ComposeCluster(HostCluster):
             if len(self.coordinators) > 1
             else "/var/lib/paramesh/coordinator.sqlite",
             "SERVER_MEMORY": str(self.memory_limit or 0),
+            "SERVER_FLAGS": " ".join(self.server_flags),
         }
 
     def _compose(self, *words: str) -> str:

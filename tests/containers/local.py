@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cluster.handle import Unsupported
@@ -18,9 +19,24 @@ class LocalCluster(ProcessCluster, HostCluster):
 
     kind = "processes on loopback"
 
-    def __init__(self, servers: int = 3, directory: Path | None = None, replicas: int = 2, **config: object) -> None:
+    def __init__(
+        self,
+        servers: int = 3,
+        directory: Path | None = None,
+        replicas: int = 2,
+        *,
+        memory_limit: int = 0,
+        server_flags: Sequence[str] = (),
+        **config: object,
+    ) -> None:
         super().__init__(servers, directory, replicas, **config)
+        self.server_flags = list(server_flags)
+        if memory_limit:
+            raise Unsupported("a memory limit needs a host")
         self._scripts: list[subprocess.Popen[str]] = []
+
+    def _server_command(self, index: int) -> list[str]:
+        return [*super()._server_command(index), *self.server_flags]
 
     def host_names(self) -> list[str]:
         return list(self.processes)

@@ -109,9 +109,11 @@ class NetnsCluster(ProcessCluster, HostCluster):
         *,
         coordinators: int = 0,
         memory_limit: int = 0,
+        server_flags: Sequence[str] = (),
         **config: Any,
     ) -> None:
         super().__init__(servers, directory, replicas, **config)
+        self.server_flags = list(server_flags)
         self.coordinators = [f"coordinator-{index}" for index in range(coordinators)] or ["coordinator"]
         """More than one name: on etcd, and only the first is started with the cluster."""
         self.memory_limit = memory_limit
@@ -169,7 +171,7 @@ class NetnsCluster(ProcessCluster, HostCluster):
     def _server_command(self, index: int) -> list[str]:
         command = super()._server_command(index)
         command[command.index("--bind") + 1] = f"{self.address(f'server-{index}')}:7080"
-        return [*command, "--insecure"]
+        return [*command, "--insecure", *self.server_flags]
 
     def _launch(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
         limited = self._limit(name) if self.memory_limit and name.startswith("server-") else []

@@ -14,8 +14,11 @@ from tests.containers.scenes import applied, longest_stall, pass_time, pushed
 pytestmark = pytest.mark.hosts
 
 MIB = 1 << 20
-LIMIT = 768 * MIB
+LIMIT = 1024 * MIB
 """Of a server's memory. One with nothing in it takes about 350 MiB."""
+
+CAPACITY = 160 * MIB
+"""Values that may be placed on a server: what is left holds them, what is on its way, and copies for followers."""
 
 TABLE = 16 * MIB
 
@@ -49,9 +52,10 @@ def acknowledged_within(scene, seconds: float) -> int:
     return applied(scene.cluster) - before
 
 
+@pytest.mark.wires
 def test_a_flood_of_tables_is_refused_and_kills_nobody(cluster_of, say):
-    """Row 37: servers with a memory limit say no before the kernel does."""
-    cluster = cluster_of(memory_limit=LIMIT)
+    """Row 37: servers with a memory limit, and told what fits into it, say no before the kernel does."""
+    cluster = cluster_of(memory_limit=LIMIT, server_flags=[f"--capacity-bytes={CAPACITY}"])
     made, refusal = 0, None
     with paramesh.connect(cluster.coordinator_address) as client:
         while made < 200 and refusal is None:
@@ -64,6 +68,7 @@ def test_a_flood_of_tables_is_refused_and_kills_nobody(cluster_of, say):
     assert codes == [None, None, None], f"a server was killed after {made} tables: {codes}"
     assert refusal is not None, f"{made} tables of {TABLE // MIB} MiB were taken"
     say(tables=made, reason=refusal.reason)
+    assert refusal.reason == "QUOTA"
     assert len(cluster.live_servers()) == 3
     with paramesh.connect(cluster.coordinator_address) as client:
         assert client.pull("flood-0")["w"].shape == (TABLE // 4,), "what was taken is served"
