@@ -20,13 +20,16 @@ from typing import Any
 
 from tests.cluster.desk import DeskReader
 from tests.cluster.handle import WorkerHandle
-from tests.cluster.processes import ROOT, START_DEADLINE
+from tests.cluster.processes import ROOT
 from tests.containers import engine
 from tests.containers.hosts import HostCluster
 from tests.containers.wires import End, Wires
 
 PORT = 7070
 FILES = ("docker/compose.yaml", "docker/compose.faults.yaml")
+COMES_UP = 120.0
+"""Seconds for containers to be there: their first reads of torch are from disk, three at a time."""
+
 MOUNTED = "/paramesh-tests"
 """Where containers find the repository's tests."""
 
@@ -123,7 +126,7 @@ class ComposeCluster(HostCluster):
             first = ["etcd", *first]
         names = [*first, *(f"server-{index}" for index in range(self.server_count))]
         self._up(*names)
-        self.wait_until(lambda: len(self.live_servers()) == self.server_count, START_DEADLINE, "servers to register")
+        self.wait_until(lambda: len(self.live_servers()) == self.server_count, COMES_UP, "servers to register")
 
     def _up(self, *names: str) -> None:
         self._compose("up", "-d", "--no-deps", "--no-build", *names)
@@ -150,7 +153,7 @@ class ComposeCluster(HostCluster):
         name = f"server-{self.server_count}"
         self.server_count += 1
         self._up(name)
-        self.wait_until(lambda: name in self.live_servers(), START_DEADLINE, f"{name} to register")
+        self.wait_until(lambda: name in self.live_servers(), COMES_UP, f"{name} to register")
         return name
 
     def kill(self, node: str) -> None:

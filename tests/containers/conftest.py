@@ -57,6 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     apart = [item for item in items if any(item.get_closest_marker(name) for name in lacks)]
     config.hook.pytest_deselected(items=apart)
     items[:] = [item for item in items if item not in apart]
+    for item in items:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(300))
     if items and not config.getoption("collectonly"):
         backends.chosen(config)  # before any scenario's time begins: images may have to be built
 
