@@ -7,7 +7,7 @@ WORKERS ?= 2
 SEEDS ?= 200
 export GLOO_SOCKET_IFNAME := lo
 
-.PHONY: help install demo test bad-input test-etcd check bench soak protos protos-check docs clean
+.PHONY: help install demo test bad-input test-etcd containers netns hosts check bench soak protos protos-check docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -31,6 +31,15 @@ bad-input: install ## the 73 rows of the bad-input matrix on real processes, as 
 
 test-etcd: install ## the tests of several coordinators on a real etcd; fails where there is none
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests -m etcd
+
+containers: install ## images, and the scenarios on several hosts, on docker compose; brings an engine where there is none
+	$(BIN)/python -m pytest tests/containers --backend compose -m 'soak or not soak'
+
+netns: install ## the same scenarios on network namespaces (root)
+	$(BIN)/python -m pytest tests/containers --backend netns -m 'soak or not soak'
+
+hosts: install ## those of them that need no wires, on processes
+	$(BIN)/python -m pytest tests/containers --backend processes
 
 check: install protos-check ## ruff, mypy strict, import-linter, proto drift
 	$(BIN)/ruff check .

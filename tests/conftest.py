@@ -94,8 +94,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--bad-input`: the tests of the bad-input matrix only, and the table of what came."""
+    """The table of the bad-input matrix, and what tests/containers run on."""
     parser.addoption("--bad-input", action="store_true", help="run the bad-input matrix and print its table")
+    parser.addoption("--backend", choices=["compose", "netns", "processes"], help="hosts for tests/containers")
+    parser.addoption("--trimmed", action="store_true", help="of tests/containers those that fit into a CI run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,9 +110,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soak tests run when asked for (`-m soak`), not by accident; those of etcd where etcd is, or when asked for."""
+    """Soak tests run when asked for (`-m soak`), not by accident; those of etcd where etcd is, or when asked for.
+
+    Those on several hosts need `--backend`.
+    """
     asked = config.getoption("markexpr") or ""
     left_out = {"soak"} if "soak" not in asked else set()
+    if not config.getoption("backend"):
+        left_out.add("hosts")
     if "etcd" not in asked and not etcd.available():
         left_out.add("etcd")
     apart = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]

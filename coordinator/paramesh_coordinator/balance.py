@@ -118,7 +118,7 @@ def _primary(size: int, loads: Collection[Load]) -> Load:
     if not fitting:
         raise refuse(
             "QUOTA",
-            f"no server has room for a partition of {size} bytes; start another ps-server, or raise --capacity",
+            f"no server has room for a partition of {size} bytes; start another ps-server, or raise --capacity-bytes",
             partition_bytes=size,
         )
     return min(fitting, key=lambda load: (load.nbytes, load.partitions, load.name))
