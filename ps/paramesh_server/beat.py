@@ -146,6 +146,7 @@ async def beat(
     figures: Callable[[], Figures],
     on_unknown: Callable[[], None],
     may_beat: Callable[[], bool] = lambda: True,
+    on_heard: Callable[[], None] = lambda: None,
 ) -> None:
     """Beat until cancelled, over the coordinators in turn.
 
@@ -154,11 +155,12 @@ async def beat(
         figures: what the next beat carries.
         on_unknown: called when the coordinator does not know this server (any more).
         may_beat: asked before each beat; while false there is silence.
+        on_heard: called at each first answer of a stream.
     """
     turns, backoff = Rotation(identity.coordinators), Backoff(cap=CAP_S)
     while True:
         address, wait = turns.address, None
-        stream = _Stream(identity, figures, may_beat)
+        stream = _Stream(identity, figures, may_beat, on_heard)
         try:
             async with aio_channel(address, identity.security, heartbeat=True) as channel:
                 if await stream.run(channel):
@@ -176,8 +178,15 @@ async def beat(
 class _Stream:
     """One stream of beats: each echoes the nonce of the last answer."""
 
-    def __init__(self, identity: Identity, figures: Callable[[], Figures], may_beat: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        figures: Callable[[], Figures],
+        may_beat: Callable[[], bool],
+        on_heard: Callable[[], None],
+    ) -> None:
         self._identity = identity
+        self._on_heard = on_heard
         self._figures = figures
         self._may_beat = may_beat
         self._nonce = 0
@@ -192,6 +201,8 @@ class _Stream:
                 answer = await asyncio.wait_for(call.read(), self._identity.timeout if self._may_beat() else None)
                 if answer is grpc.aio.EOF:
                     return False
+                if not self.answered:
+                    self._on_heard()
                 self._nonce, self.answered = answer.nonce, True
                 if answer.unknown:
                     return True
@@ -266,6 +277,7 @@ async def _follow(identity: Identity, parent: int, figures_fd: int) -> None:
             Page(figures_fd, identity.interval).read,
             lambda: _say(b"unknown\n"),
             lambda: not gone.is_set() and process_state(parent)[0] not in ("T", "t"),
+            lambda: _say(b"heard\n"),
         )
     )
     waits = [asyncio.ensure_future(gone.wait()), asyncio.ensure_future(bye.wait())]

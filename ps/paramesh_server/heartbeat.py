@@ -38,12 +38,15 @@ class LoopHeartbeat:
     async def stop(self) -> None:
         """Stop beating."""
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait((self._task,))  # awaited itself, it would swallow the cancelling of whoever waits here
 
 
 class ProcessHeartbeat:
-    """Keeps a helper process that beats, and a page that it reads figures from."""
+    """Keeps a helper process that beats, and a page that it reads figures from.
+
+    A process takes a moment to start, on a busy machine longer than the failure timeout. Until the
+    helper has been heard this process beats itself; for a moment both do, which is no harm.
+    """
 
     def __init__(self, identity: Identity, figures: Callable[[], Figures], on_unknown: Callable[[], None]) -> None:
         self._identity = identity
@@ -53,6 +56,8 @@ class ProcessHeartbeat:
         self._shared = Page(self._page, identity.interval)
         self._shared.write(figures())
         self._helper: asyncio.subprocess.Process | None = None
+        self._meanwhile: LoopHeartbeat | None = None
+        """Beats until the helper has been heard."""
         self._tasks = [asyncio.ensure_future(self._keep()), asyncio.ensure_future(self._write())]
 
     @property
@@ -69,11 +74,15 @@ class ProcessHeartbeat:
         """Start the helper, hear what it says, start it again if it ends."""
         backoff = Backoff()
         while True:
+            if self._meanwhile is None:
+                self._meanwhile = LoopHeartbeat(self._identity, self._figures, self._on_unknown)
             self._helper = helper = await self._start()
             assert helper.stdout is not None
             while line := await helper.stdout.readline():
                 if line == b"unknown\n":
                     self._on_unknown()
+                elif line == b"heard\n":
+                    await self._end_meanwhile()
             log.warning("heartbeat helper=ended code=%s; starting another", await helper.wait())
             await asyncio.sleep(backoff.next())
 
@@ -103,11 +112,17 @@ class ProcessHeartbeat:
             start_new_session=True,
         )
 
+    async def _end_meanwhile(self) -> None:
+        beating, self._meanwhile = self._meanwhile, None
+        if beating is not None:
+            await beating.stop()
+
     async def stop(self) -> None:
         """Send the helper home and wait for its end."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_meanwhile()
         helper = self._helper
         if helper is not None and helper.returncode is None:
             with contextlib.suppress(OSError):
