@@ -224,7 +224,7 @@ class LedgerService:
             return event(self._now())
         finally:
             self._woken = frozenset(self.ledger.take_woken())
-            for key in self._woken:
+            for key in sorted(self._woken, key=str):  # the same order everywhere, as strings hash in each process anew
                 self._waits.wake(key)
             self.cut = self.ledger.take_cut() or self.cut
             for notice in self.ledger.take_notices():
