@@ -34,8 +34,8 @@ class LedgerChecks:
         """Client -> rank, as it was told."""
         self._leaving: dict[int, None] = {}
         """Who asked to leave: it may have come about at any time since."""
-        self._dead: dict[int, None] = {}
-        """Who is evicted, as somebody was told."""
+        self._dead: dict[int, int] = {}
+        """Who is evicted, as somebody was told -> by the primary of which epoch."""
         self._active: dict[int, int] = {}
         """Client -> the first step that cannot be decided without it, as it was told."""
         self._loose: dict[int, None] = {}
@@ -58,18 +58,26 @@ class LedgerChecks:
 
     # --- what is told ---
 
-    def asked(self, asked: Asked) -> None:
-        """A request is here: what it asks for may come about, whatever is answered."""
+    def asked(self, slot: Slot | None, asked: Asked) -> bool:
+        """A request is here: what it asks for may come about, whatever is answered.
+
+        Returns:
+            Whether it can be nothing but refused: somebody was told that its client is evicted. A primary of
+            an earlier epoch, who has not heard of the next one, may not know; it decides nothing any more.
+        """
         client, request = asked.request.request.client_id, asked.request
         if asked.method == "Leave":
             self._leaving[client] = None
         elif asked.method == "SetActivity" and request.activity != lg.ACTIVITY_ACTIVE:
             self._loose[client] = None
+        dead = self._dead.get(client)
+        known = dead is not None and slot is not None and slot.replica.machine.epoch >= dead
+        return known and asked.method in POSITIONS
 
-    def told(self, slot: Slot, asked: Asked, answer: Any) -> None:
+    def told(self, slot: Slot, asked: Asked, answer: Any, doomed: bool) -> None:
         """An answer leaves."""
         client = asked.request.request.client_id
-        if client in self._dead and asked.method in (*POSITIONS, "AwaitInit"):
+        if doomed:
             self._fail(f"14: client {client} was told that it is evicted, and now {asked.method} is answered")
         if asked.method == "Join":
             self._joined[client] = answer.rank
@@ -87,17 +95,17 @@ class LedgerChecks:
             if position.HasField("last"):
                 self._decided(position.last)
 
-    def refused(self, asked: Asked, error: ParameshError) -> None:
+    def refused(self, slot: Slot | None, asked: Asked, error: ParameshError) -> None:
         """A refusal leaves."""
         client = asked.request.request.client_id
-        if error.reason == "EVICTED":
-            self.dead(client)
+        if error.reason == "EVICTED" and slot is not None:
+            self.dead(slot, client)
         elif error.reason == "NOT_MEMBER" and self._stays(client):
             self._fail(f"14: client {client} was told that it had joined, and now that it has not")
 
-    def dead(self, client: int) -> None:
+    def dead(self, slot: Slot, client: int) -> None:
         """Somebody was told that it is evicted."""
-        self._dead[client] = None
+        self._dead.setdefault(client, slot.replica.machine.epoch)
 
     def _positions(self, method: str, answer: Any) -> list[lg.GroupPosition]:
         if method not in POSITIONS:

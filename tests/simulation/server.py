@@ -267,7 +267,7 @@ class Server(DataPlane, Inbound, Handover):
         term, client, why = request
         self._check_term(term)
         await self.ledger_host.evict(client, term, why)
-        self.world.checks.ledger.dead(client)
+        self.world.checks.ledger.dead(self.held[0], client)
         return True
 
     async def fence(self, request: tuple[int, tuple[int, ...]]) -> int:
@@ -280,13 +280,13 @@ class Server(DataPlane, Inbound, Handover):
     async def ledger(self, asked: Asked) -> Any:
         """The service `Ledger`."""
         checks = self.world.checks.ledger
-        checks.asked(asked)
+        doomed = checks.asked(self.held.get(0), asked)
         try:
             answer = await self.ledger_host.call(asked)
         except ParameshError as error:
-            checks.refused(asked, error)
+            checks.refused(self.held.get(0), asked, error)
             raise
-        checks.told(self.held[0], asked, answer)
+        checks.told(self.held[0], asked, answer, doomed)
         return answer
 
     # --- shards.py ---
