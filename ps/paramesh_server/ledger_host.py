@@ -191,6 +191,8 @@ class LedgerHost:
             async with asyncio.timeout(ARRIVAL_S):
                 while self._service is None and self._leads():
                     await self._served.wait()
+        if self._service is not None and not self._leads():  # a follower said so, and the map is still to come
+            await self._end_service()
         if self._service is None:
             raise self._elsewhere()
         return self._service

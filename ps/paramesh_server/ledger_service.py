@@ -250,6 +250,7 @@ class LedgerService:
     def _tick(self) -> None:
         self._timer = None
         try:
+            self._check_open()
             self._act(self.ledger.tick)
         except ParameshError as error:
             # The log takes nothing any more: this server is no primary, and is about to hear of it.
@@ -279,7 +280,8 @@ class LedgerService:
             await self._committed(self.ledger.lsn)
 
     def _check_open(self) -> None:
-        if self._closed:
+        # A successor's records may come before the map that names it: what they make of this ledger decides nothing.
+        if self._closed or self.ledger.following:
             raise refuse("NOT_PRIMARY", "the ledger has moved to another server")
 
     async def _until(self, context: Any, ask: Callable[[float], T | Wait]) -> T:

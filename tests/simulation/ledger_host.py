@@ -167,6 +167,8 @@ class LedgerHost:
         deadline = self.kernel.now + ARRIVAL_S
         while self._service is None and self._leads() and self.kernel.now < deadline:
             await self.kernel.wait(self._served.next, deadline - self.kernel.now)
+        if self._service is not None and not self._leads():
+            await self._end_service()
         if self._service is None:
             raise self._elsewhere()
         return self._service
