@@ -171,7 +171,9 @@ class LedgerChecks:
         for client, rank in self._joined.items():
             known = members.get(client)
             if self._stays(client) and (known is None or known.rank != rank):
-                self._fail(f"14: client {client} was told that it had joined as rank {rank}; the ledger at {name} has {known}")
+                self._fail(
+                    f"14: client {client} was told that it had joined as rank {rank}; the ledger at {name} has {known}"
+                )
         for client in self._dead:
             if client not in ledger.tombstones:
                 self._fail(f"14: client {client} was evicted, and the ledger at {name} has no tombstone of it")

@@ -92,7 +92,9 @@ class LedgerHost:
             slot = self.server.held[0]
             slot.min_isr = max(1, routes.map.config.min_isr)
             if await take_role(slot, row, mine=mine, dead=dead):  # type: ignore[arg-type]
-                self.kernel.note(f"{self.server.ref.node} leads p0 epoch={row.epoch} lsn={slot.replica.machine.log.lsn}")
+                self.kernel.note(
+                    f"{self.server.ref.node} leads p0 epoch={row.epoch} lsn={slot.replica.machine.log.lsn}"
+                )
                 await self._end_service()
                 self._start(slot)
             elif slot.replica.role is not Role.PRIMARY:
@@ -134,7 +136,7 @@ class LedgerHost:
         reign = slot.replica.reign
 
         async def committed(_: int) -> None:
-            await slot.released(machine.log.lsn, reign)
+            await self._committed(slot, machine.log.lsn, reign)
 
         machine.ledger.serve(sink, routes.map.config, self.kernel.now)
         service = Service(
@@ -151,6 +153,9 @@ class LedgerHost:
                 await service.fence(fenced)
         except ParameshError:
             pass
+
+    async def _committed(self, slot: Slot, lsn: int, reign: int) -> None:
+        await slot.released(lsn, reign)
 
     async def _end_service(self) -> None:
         service, self._service = self._service, None
@@ -187,9 +192,11 @@ class LedgerHost:
             return error
         return refuse("NOT_PRIMARY", f"the ledger is at {node.ref.node}", primary=node.address, epoch=epoch)
 
-    async def evict(self, client: int, term: int, why: str) -> None:
-        """Take a client out of the ledger."""
-        await (await self.service()).evict(client, term, why)
+    async def evict(self, client: int, term: int, why: str) -> Slot:
+        """Take a client out of the ledger; whose."""
+        service, slot = await self.service(), self.server.held[0]
+        await service.evict(client, term, why)
+        return slot
 
     async def fence(self, clients: tuple[int, ...]) -> None:
         """Tell the ledger, if it is led here, whom to refuse for ever."""
@@ -207,10 +214,12 @@ class LedgerHost:
             self.kernel.note(f"{self.server.ref.node} drops p0")
             await slot.close()
 
-    async def call(self, asked: Asked) -> Any:
-        """`_forward`: one call of the service `Ledger`, and its answer as it travels."""
-        service = await self.service()
-        if asked.method not in READS and self.slot is not None:
-            self.slot.check_writable()
+    async def call(self, asked: Asked) -> tuple[Slot, Any]:
+        """`_forward`: one call of the service `Ledger`; who answers, and the answer as it travels."""
+        service, slot = await self.service(), self.server.held[0]
+        if asked.method not in READS:
+            slot.check_writable()
         answer = await getattr(service, asked.method)(asked.request, Context(asked.timeout))
-        return type(answer).FromString(answer.SerializeToString(deterministic=True))
+        if asked.method not in READS:
+            slot.check_writable()
+        return slot, type(answer).FromString(answer.SerializeToString(deterministic=True))

@@ -266,8 +266,7 @@ class Server(DataPlane, Inbound, Handover):
         """`ServerControl.Evict`."""
         term, client, why = request
         self._check_term(term)
-        await self.ledger_host.evict(client, term, why)
-        self.world.checks.ledger.dead(self.held[0], client)
+        self.world.checks.ledger.dead(await self.ledger_host.evict(client, term, why), client)
         return True
 
     async def fence(self, request: tuple[int, tuple[int, ...]]) -> int:
@@ -282,11 +281,11 @@ class Server(DataPlane, Inbound, Handover):
         checks = self.world.checks.ledger
         doomed = checks.asked(self.held.get(0), asked)
         try:
-            answer = await self.ledger_host.call(asked)
+            slot, answer = await self.ledger_host.call(asked)
         except ParameshError as error:
             checks.refused(self.held.get(0), asked, error)
             raise
-        checks.told(self.held[0], asked, answer, doomed)
+        checks.told(slot, asked, answer, doomed)
         return answer
 
     # --- shards.py ---

@@ -65,7 +65,9 @@ class Worker(Client):
     # --- joining.py, membership.py, exchange.py ---
 
     async def _join(self) -> None:
-        request = lg.JoinRequest(slot=self.name, preferred_rank=self.rank or 0, has_preferred_rank=self.rank is not None)
+        request = lg.JoinRequest(
+            slot=self.name, preferred_rank=self.rank or 0, has_preferred_rank=self.rank is not None
+        )
         self.rank = (await self.ledger.ask("Join", request)).rank
         self.kept, self.kept_step = {}, -1
         opened = await self.ledger.ask("OpenGroup", lg.OpenGroupRequest(spec=self.world.group_spec()))
