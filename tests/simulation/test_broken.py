@@ -33,7 +33,7 @@ class Found:
 
 QUICK = {
     "answers leave before the in-sync set has their records": Found("9:", PRIMARIES, 5),
-    "a learner joins at lag": Found("9:", FOLLOWERS, 10),
+    "a learner joins at lag": Found("9:", FOLLOWERS, 30),
     "who is asked to leave is not waited for any more": Found("9:", FOLLOWERS, 10),
     "whoever is alive is promoted": Found("9:", PRIMARIES, 5),
     "a promotion for silence trims the in-sync set": Found("9:", BACK, 5),
