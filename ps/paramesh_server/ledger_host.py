@@ -191,6 +191,8 @@ class LedgerHost:
             async with asyncio.timeout(ARRIVAL_S):
                 while self._service is None and self._leads():
                     await self._served.wait()
+        if self._service is not None and not self._leads():  # a follower said so, and the map is still to come
+            await self._end_service()
         if self._service is None:
             raise self._elsewhere()
         return self._service
@@ -242,14 +244,17 @@ class LedgerHost:
 
     def _forward(self, method: str) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            service = await self.service()
-            if self.slot is not None:
-                self.slot.requests += 1
-            if method not in READS and self.slot is not None:
-                self.slot.check_writable()
+            service, slot = await self.service(), self.slot
+            assert slot is not None
+            slot.requests += 1
+            if method in READS:
+                return await getattr(service, method)(request, context)
+            slot.check_writable()
             if method == "Join":
                 self._check_room(service, request.request.client_id)
-            return await getattr(service, method)(request, context)
+            answer = await getattr(service, method)(request, context)
+            slot.check_writable()  # followers may have gone since: the caller asks again, for the same answer
+            return answer
 
         return call
 

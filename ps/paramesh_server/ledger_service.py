@@ -224,7 +224,7 @@ class LedgerService:
             return event(self._now())
         finally:
             self._woken = frozenset(self.ledger.take_woken())
-            for key in self._woken:
+            for key in sorted(self._woken, key=str):  # the same order everywhere, as strings hash in each process anew
                 self._waits.wake(key)
             self.cut = self.ledger.take_cut() or self.cut
             for notice in self.ledger.take_notices():
@@ -250,6 +250,7 @@ class LedgerService:
     def _tick(self) -> None:
         self._timer = None
         try:
+            self._check_open()
             self._act(self.ledger.tick)
         except ParameshError as error:
             # The log takes nothing any more: this server is no primary, and is about to hear of it.
@@ -279,7 +280,8 @@ class LedgerService:
             await self._committed(self.ledger.lsn)
 
     def _check_open(self) -> None:
-        if self._closed:
+        # A successor's records may come before the map that names it: what they make of this ledger decides nothing.
+        if self._closed or self.ledger.following:
             raise refuse("NOT_PRIMARY", "the ledger has moved to another server")
 
     async def _until(self, context: Any, ask: Callable[[float], T | Wait]) -> T:

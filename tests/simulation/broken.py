@@ -18,6 +18,7 @@ from unittest import mock
 
 from paramesh import files
 from paramesh.async_client import AsyncClient
+from paramesh.errors import refuse
 from paramesh_coordinator import failover
 from paramesh_coordinator.checkers import Liveness, Verdict
 from paramesh_coordinator.rows import PartitionRow
@@ -26,6 +27,9 @@ from paramesh_server import decisions, insync
 from paramesh_server.aggregate import Part
 from paramesh_server.dedup import Dedup
 from paramesh_server.insync import InSync
+from paramesh_server.ledger_log import Left
+from paramesh_server.ledger_members import Members
+from paramesh_server.ledger_service import LedgerService
 from paramesh_server.log import Record
 from paramesh_server.partition import Partition
 from paramesh_server.replica import Replica, Role
@@ -33,6 +37,7 @@ from paramesh_server.staging import Staging
 
 from tests.simulation import replication
 from tests.simulation.dataplane import DataPlane
+from tests.simulation.ledger_host import LedgerHost
 from tests.simulation.slots import Slot
 from tests.simulation.workers import Worker
 from tests.simulation.world import World
@@ -401,3 +406,38 @@ def _permit_all() -> AbstractContextManager[Any]:
 
     real = decisions.parts_of
     return _patch(decisions, "parts_of", parts_of)
+
+
+# --- the ledger ---
+
+
+@_broken("an answer of the ledger leaves before its records are everywhere")
+def _ledger_early() -> AbstractContextManager[Any]:
+    async def committed(self: LedgerHost, slot: Slot, lsn: int, reign: int) -> None:
+        slot.check_primary()
+        self.server.world.checks.released(slot, lsn)
+
+    return _patch(LedgerHost, "_committed", committed)
+
+
+@_broken("a follower of the ledger replays without writing tombstones")
+def _replay_without_tombstones() -> AbstractContextManager[Any]:
+    def apply_left(self: Members, body: Left) -> None:
+        known = set(self.state.tombstones)
+        real(self, body)
+        if self._desk.sink is None:
+            self.state.tombstones = known
+
+    real = Members._apply_left
+    return _patch(Members, "_apply_left", apply_left)
+
+
+@_broken("a deposed ledger goes on until a map says so")
+def _deposed_ledger_goes_on() -> AbstractContextManager[Any]:
+    """Its successor's records are in it, and it still takes requests."""
+
+    def check_open(self: LedgerService) -> None:
+        if self._closed:
+            raise refuse("NOT_PRIMARY", "the ledger has moved to another server")
+
+    return _patch(LedgerService, "_check_open", check_open)

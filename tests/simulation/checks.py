@@ -10,12 +10,15 @@ from paramesh.v1 import replication_pb2 as rp
 from paramesh_coordinator.rows import NodeState, PartitionRow, PartitionState, ServerRow
 from paramesh_coordinator.state import Draft, NodeKey
 from paramesh_server.insync import Ref
+from paramesh_server.ledger_machine import LedgerMachine
 from paramesh_server.log import Log, Position, RecordHeader
-from paramesh_server.replica import Role
+from paramesh_server.partition import Partition
+from paramesh_server.replica import Machine, Role
 
 from tests.simulation.coordinator import TIMEOUT_S
 from tests.simulation.dataplane import Answer, Push
 from tests.simulation.kernel import Violation
+from tests.simulation.ledger_checks import LedgerChecks
 from tests.simulation.slots import Slot
 from tests.simulation.workers import reference_step
 
@@ -55,6 +58,7 @@ class Checks:
         """(partition, step) -> who was left out when it was summed last."""
         self._without: dict[tuple[int, int, int], tuple[int, ...]] = {}
         """Place of a STEP -> who was left out."""
+        self.ledger = LedgerChecks(world)
         self._references: dict[tuple[int, int, tuple[tuple[int, ...], ...]], numpy.ndarray] = {}
 
     def fail(self, what: str) -> None:
@@ -65,7 +69,12 @@ class Checks:
     # --- logs ---
 
     def appended(self, slot: Slot, before: Position) -> None:
-        """A replica's log may have grown: one place, one record, wherever it is."""
+        """A replica's log may have grown, and its state with it."""
+        self.logged(slot, before)
+        self.state(slot)
+
+    def logged(self, slot: Slot, before: Position) -> None:
+        """One place, one record, wherever it is."""
         log = slot.replica.machine.log
         for header in reversed(log._ring):
             if header.lsn <= before.lsn:
@@ -79,7 +88,6 @@ class Checks:
             known = self._records.setdefault(key, header)
             if known != header:
                 self.fail(f"7: two records at {key}: {known} and {header} at {slot.server.ref.node}")
-        self.state(slot)
 
     def _enough(self, slot: Slot, header: RecordHeader) -> None:
         """10: no client's record is appended while too few are in sync."""
@@ -91,18 +99,19 @@ class Checks:
         """14: nobody is left out whose contribution this very primary has acknowledged."""
         without = self._without[key] = self.gathered.get((slot.number, step), ())
         for client in without:
-            if client not in self._world.ledger.gone:
+            if client not in self.ledger.evicted:
                 self.fail(f"14: p{slot.number} sums step {step} without client {client}, who lives")
             if self._staged.get((slot.number, step, client)) is slot.replica.machine:
                 self.fail(f"14: p{slot.number} sums step {step} without client {client}, whom it acknowledged")
 
-    def state(self, slot: Slot, always: bool = False) -> None:
+    def state(self, slot: Slot, machine: Machine | None = None, *, always: bool = False) -> None:
         """8: equal place in the log, equal bits."""
         if not always and self._rng.random() > HASHED:
             return
-        last = slot.replica.machine.log.last
+        machine = machine or slot.replica.machine
+        last = machine.log.last
         key = (slot.number, last.lsn, last.epoch)
-        found = slot.partition.state_hash()
+        found = machine.state_hash() if isinstance(machine, Partition) else machine.capture().ledger
         if self._hashes.setdefault(key, found) != found:
             self.fail(f"8: two states at {key}, one of them at {slot.server.ref}")
 
@@ -258,7 +267,7 @@ class Checks:
         key = (partition, step, without)
         if key not in self._references:
             before = self._reference(partition, step - 1, without[:-1])
-            record = self._world.ledger.records[step - 1]
+            record = self.ledger.decided[step - 1]
             gradients = []
             for named in record.contributors:
                 if named.client_id not in without[-1]:
@@ -281,6 +290,10 @@ class Checks:
                 if server is not None and server.process.alive and number in server.held:
                     self.state(server.held[number], always=True)
         self._check_applied()
+        ledger = self._world.leader(0)
+        assert ledger is not None
+        assert isinstance(ledger.replica.machine, LedgerMachine)
+        self.ledger.serves(ledger.server.ref.node, ledger.replica.machine.ledger)
 
     def _check_applied(self) -> None:
         """1, 2: every acknowledged update is there, none is there twice."""

@@ -122,12 +122,18 @@ class Client(abc.ABC):
     async def pause_after(self, error: ParameshError, version: int, backoff: Backoff) -> None:
         """`Delivery._mend` for refusals that pass."""
         wait = backoff.next()
-        if error.reason in ("UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY") and self._version() <= version:
-            await self.kernel.wait(self._map_changed.next, wait)
+        if error.reason in ("UNREACHABLE", "STALE_EPOCH", "NOT_PRIMARY"):
+            await self.wait_for_map(version, wait)
         else:
             await self.kernel.sleep(wait)
 
-    def _version(self) -> int:
+    async def wait_for_map(self, version: int, timeout: float) -> bool:
+        """`CoordinatorLink.wait_for_map`: whether one is here, or comes in time, that is newer."""
+        return self.version > version or await self.kernel.wait(self._map_changed.next, timeout)
+
+    @property
+    def version(self) -> int:
+        """Of the newest map."""
         return self.routes.version if self.routes else 0
 
     async def deliver(
@@ -136,7 +142,7 @@ class Client(abc.ABC):
         """`Delivery._deliver` for one partition: the same request until it is answered well."""
         backoff = Backoff(self.world.rng)
         while True:
-            version = self._version()
+            version = self.version
             try:
                 return await self.once(method, request)
             except ParameshError as error:

@@ -185,9 +185,10 @@ class Coordinator:
 
     async def _send(self, call: operators.Call) -> bool:
         method = "evict" if call.stage.value == "evict" else "fence"
-        what = call.clients[0] if method == "evict" else call.clients
+        term = self.store.term
+        order = (term, call.clients[0], call.why) if method == "evict" else (term, call.clients)
         try:
-            await self.net.call(self.process, call.control_address, method, (self.store.term, what), 2.0)
+            await self.net.call(self.process, call.control_address, method, order, 2.0)
         except ParameshError:
             return False
         await self.decide(lambda draft: operators.confirm(draft, call))

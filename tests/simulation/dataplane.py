@@ -157,15 +157,11 @@ class DataPlane:
         partition = slot.partition
         return Answer(partition.log.lsn, partition.epoch, partition.applied_step, values=bytes(partition.values))
 
-    async def fence(self: Any, request: tuple[int, tuple[int, ...]]) -> int:
-        """`ServerControl.Fence` and `DataPlane.fence`."""
-        term, clients = request
-        if term < self.term:
-            raise refuse("STALE_TERM", f"term {term} is over")
-        self.term = term
+    async def fence_all(self: Any, clients: tuple[int, ...]) -> int:
+        """`DataPlane.fence`."""
         self.fenced.update(dict.fromkeys(clients))
         done = 0
-        for slot in list(self.held.values()):
+        for slot in [slot for number, slot in self.held.items() if number]:
             try:
                 reign = slot.replica.reign
                 await slot.lead(lambda slot=slot: [slot.partition.fence(client) for client in clients])
@@ -175,9 +171,3 @@ class DataPlane:
                 if error.reason != "NOT_PRIMARY":
                     raise
         return done
-
-    async def evict(self: Any, request: tuple[int, int]) -> bool:
-        """`ServerControl.Evict`, handed to the ledger of this world."""
-        _, client = request
-        self.world.ledger.evicted(client)
-        return True

@@ -15,11 +15,16 @@ from unittest import mock
 
 from paramesh import files
 from paramesh.async_client import AsyncClient
+from paramesh.channel import header
+from paramesh.errors import ParameshError
 from paramesh.files import Folder
 from paramesh.framing import decode
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.insync import InSync, Ref
+from paramesh_server.ledger import Ledger, Record
+from paramesh_server.ledger_service import LedgerService
 from paramesh_server.log import START, Position
 from paramesh_server.replica import Replica
 
@@ -99,6 +104,27 @@ def decisions_come_along() -> None:
     record_ = pb.StepRecord(group=1, step=4, contributors=[pb.Contributor(client_id=9)])
     assert asyncio.run(client._restage(3, 1, 4, [9], [record_]))
     assert list(decode(sent[0], ps.PushHeader).header.committed) == [record_]
+
+
+def deposed_ledger_refuses() -> None:
+    """The successor's stream reaches a ledger before the map does; in a cluster, nobody asks it in between."""
+    config, sent = pb.JobConfig(start_workers=1), list[Record]()
+
+    async def ask() -> None:
+        old, new = Ledger(config), Ledger(config)
+        old.serve(lambda _: None, config, 0.0)
+        new.serve(sent.append, config, 0.0)
+        service = LedgerService("job", 1, config, ledger=old, now=lambda: 0.0)
+        new.evict(7, "dead", 0.0)
+        old.replay(sent)
+        why = "a ledger that follows another took a member"
+        try:
+            await service.Join(lg.JoinRequest(request=header("job", 1, 8)), None)  # type: ignore[arg-type]
+        except (ParameshError, RuntimeError) as error:
+            why = getattr(error, "reason", repr(error))
+        assert why == "NOT_PRIMARY"
+
+    asyncio.run(ask())
 
 
 def folders_are_synced() -> None:

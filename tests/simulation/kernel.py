@@ -189,6 +189,8 @@ class Kernel:
         self.rng = random.Random(seed)
         self.trace: deque[str] = deque(maxlen=TRACE)
         self.steps = 0
+        self.current: Process | None = None
+        """Whose event this is."""
         self._heap: list[tuple[float, int, Process | None, Callable[..., Any], tuple[Any, ...]]] = []
         self._count = 0
 
@@ -264,6 +266,7 @@ class Kernel:
             if process.paused:
                 process.backlog.append((call, args))
                 return
+        self.current = process
         call(*args)
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:

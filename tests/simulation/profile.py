@@ -35,6 +35,8 @@ class Profile:
     step_s: float = 0.5
     idle: float = 0.3
     """Of the steps after which a worker takes its time before it pulls."""
+    pauses: float = 0.0
+    """Of the steps before which a worker is between two loaders."""
     scenario: str = ""
     """`scenarios.SCENARIOS`: faults that come together; empty: any, one by one."""
 
@@ -72,6 +74,7 @@ class Profile:
             workers=rng.choice([0, 1, 2, 3]) if pushers else 2,
             steps=rng.choice([6, 12, 20]),
             step_s=rng.choice([0.3, 1.0]),
+            pauses=rng.choice([0.0, 0.0, 0.1]),
         )
         for name, value in {**kind.profile, **changes, "scenario": scenario}.items():
             setattr(profile, name, value)

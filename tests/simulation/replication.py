@@ -11,7 +11,8 @@ from paramesh_server.inbound import WATCH_S
 from paramesh_server.insync import Ref
 from paramesh_server.log import Position, Record
 from paramesh_server.outbound import GREETING_S, IDLE_S
-from paramesh_server.replica import Role
+from paramesh_server.partition import Partition
+from paramesh_server.replica import Machine, Role
 from paramesh_server.writes import SlotFrame
 
 from tests.simulation.kernel import Future, Kernel, Process, Task
@@ -20,8 +21,6 @@ from tests.simulation.retry import Backoff
 from tests.simulation.slots import Slot
 
 if TYPE_CHECKING:
-    from paramesh_server.partition import Partition
-
     from tests.simulation.server import Server
     from tests.simulation.world import World
 
@@ -238,9 +237,9 @@ class Sender:
         self.installed = True
 
     def _cut(self) -> tuple[int, Snapshot]:
-        machine: Partition = self._slot.partition
+        machine = self._slot.replica.machine
         writes = []
-        if not machine.initialising:
+        if isinstance(machine, Partition) and not machine.initialising:
             for part in machine.cut():
                 writes.append(self._server.world.frame_of(part))
         return machine.log.lsn, Snapshot(self._greeting(), machine.capture(), tuple(writes))
@@ -329,11 +328,17 @@ class Inbound:
         finally:
             slot.applying = False
 
+    async def _empty(self: Any, number: int) -> Machine:
+        """`Server._empty`."""
+        if not number:
+            return self.ledger_host.fresh()  # type: ignore[no-any-return]
+        return await self.make(self.routes.partition(number))  # type: ignore[no-any-return]
+
     async def install(self: Any, snapshot: Snapshot) -> int:
         """Take a whole snapshot; until its last byte is here the old state stays."""
         first = snapshot.greeting
         slot = await self._accepting(first, 0)
-        machine: Partition = await self.make(self.routes.partition(first.partition))
+        machine = await self._empty(first.partition)
         await self.pool()
         machine.restore(snapshot.state, snapshot.writes)
         slot.replica.greet(first.epoch)

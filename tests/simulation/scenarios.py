@@ -54,7 +54,7 @@ class Scenario(Faults):
         self.kinds = [(getattr(self, name), 1) for name in kind.faults]
 
     def _row(self) -> PartitionRow:
-        return self.rng.choice([row for number, row in sorted(self.world.checks.rows.items()) if number])
+        return self.rng.choice([row for _, row in sorted(self.world.checks.rows.items())])
 
     def _server(self, ref: Any) -> Server | None:
         server = self.world.servers.get(Ref(*ref))
@@ -72,6 +72,22 @@ class Scenario(Faults):
         server = self._server(self._row().primary)
         if server is not None:
             self.kill(server, told=True)
+
+    def kill_ledger(self) -> None:
+        """Whoever leads partition 0; told at once, or silent."""
+        server = self._server(self.world.checks.rows[0].primary)
+        if server is not None:
+            self.kill(server, told=self.rng.random() < 0.7)
+
+    def move_ledger(self) -> None:
+        """It is led by another one, who lives, or one more replica is made."""
+        row = self.world.checks.rows[0]
+        self._psctl("move", 0, self.rng.choice(row.isr).name, self.rng.choice(self.world.names))
+
+    def silence_ledger(self) -> None:
+        """Its primary and the coordinator hear nothing of each other: followers and clients still reach it."""
+        name = self.world.checks.rows[0].primary.name
+        self.cut_off([(name, "coordinator"), ("coordinator", name)], self.rng.uniform(2.0, 4.0))
 
     def kill_primary_beside_a_stopped_follower(self) -> None:
         """Whoever takes over waits for that follower, and meets learners meanwhile."""
@@ -165,6 +181,9 @@ SCENARIOS: dict[str, Kind] = {
     ),
     "contributors die": Kind(("kill_contributor",), {"idle": 1.0, "workers": 3, "latency": 0.03}),
     "the coordinator is stopped": Kind(("pause_coordinator", "kill_server")),
+    "the ledger moves": Kind(
+        ("kill_ledger", "move_ledger", "silence_ledger", "kill_client"), {"workers": 3, "latency": 0.03, "steps": 20}
+    ),
     "old maps": Kind(
         ("isolate",), {"readers": 2, "pushers": 2, "late_maps": 1.0, "think_s": 0.1, "faulty_s": 15.0}, drawn=False
     ),

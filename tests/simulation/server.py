@@ -26,6 +26,7 @@ from paramesh_server.staging import Budget
 from tests.simulation.dataplane import DataPlane
 from tests.simulation.handover import Handover
 from tests.simulation.kernel import Process, Signal, Task
+from tests.simulation.ledger_host import Asked, LedgerHost
 from tests.simulation.replication import Inbound, Outbound
 from tests.simulation.retry import Backoff
 from tests.simulation.slots import Slot
@@ -58,6 +59,7 @@ class Server(DataPlane, Inbound, Handover):
         self._turn = Signal()
         self._registering: Task | None = None
         self.outbound = Outbound(self)
+        self.ledger_host = LedgerHost(self)
         self.spawn(self._start(), "start")
 
     def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> Task:
@@ -205,13 +207,21 @@ class Server(DataPlane, Inbound, Handover):
         for number, slot in list(self.held.items()):
             if leads_elsewhere(slot, rows.get(number), self.me):  # type: ignore[arg-type]
                 await self.deposed(slot, rows[number])
-        for number in [n for n in self.held if n not in rows or not self._keeps(rows[n])]:
+        for number in [n for n in self.held if n and (n not in rows or not self._keeps(rows[n]))]:
             self.kernel.note(f"{self.ref.node} drops p{number}")
             await self.held.pop(number).close()
+        if 0 in rows:
+            await self._follow_ledger(routes, rows[0])
         for number, row in rows.items():
             here = number in self.held or row.state not in NOT_MADE
-            if self._keeps(row) and here:
+            if number and self._keeps(row) and here:
                 await self._hold(row)
+
+    async def _follow_ledger(self, routes: Routes, row: pb.Partition) -> None:
+        mine, listed = self._is_mine(row), self._keeps(row)
+        slot = await self.ledger_host.follow(routes, row, mine=mine, listed=listed, dead=self._dead())
+        if slot is not None:
+            self.outbound.sync(slot)
 
     async def _hold(self, row: pb.Partition) -> None:
         slot = self.held.get(row.id)
@@ -244,6 +254,39 @@ class Server(DataPlane, Inbound, Handover):
         await self.kernel.sleep(self.world.rng.uniform(0.0, 0.01))
         spec, layouts = self.world.schema(row.table_id)
         return Partition(row.id, row.table_id, layouts[row.index], spec, epoch=row.epoch, budget=Budget(1 << 30))
+
+    # --- control.py, ledger_host.py ---
+
+    def _check_term(self, term: int) -> None:
+        if term < self.term:
+            raise refuse("STALE_TERM", f"term {term} is over")
+        self.term = term
+
+    async def evict(self, request: tuple[int, int, str]) -> bool:
+        """`ServerControl.Evict`."""
+        term, client, why = request
+        self._check_term(term)
+        self.world.checks.ledger.dead(await self.ledger_host.evict(client, term, why), client)
+        return True
+
+    async def fence(self, request: tuple[int, tuple[int, ...]]) -> int:
+        """`ServerControl.Fence`."""
+        term, clients = request
+        self._check_term(term)
+        await self.ledger_host.fence(clients)
+        return await self.fence_all(clients)
+
+    async def ledger(self, asked: Asked) -> Any:
+        """The service `Ledger`."""
+        checks = self.world.checks.ledger
+        doomed = checks.asked(self.held.get(0), asked)
+        try:
+            slot, answer = await self.ledger_host.call(asked)
+        except ParameshError as error:
+            checks.refused(self.held.get(0), asked, error)
+            raise
+        checks.told(slot, asked, answer, doomed)
+        return answer
 
     # --- shards.py ---
 
@@ -278,7 +321,9 @@ class Server(DataPlane, Inbound, Handover):
         return None
 
     async def find_replica(self, number: int) -> Slot | None:
-        """The replica whatever its role, once it is made."""
+        """The replica whatever its role, once it is made; `server.Server._replica`."""
+        if not number:
+            return self.held.get(0)
         deadline = self.kernel.now + ARRIVAL_S
         while self.kernel.now < deadline and number not in self.held and self.listed(number):
             await self.kernel.wait(self._arrived.next, deadline - self.kernel.now)

@@ -49,11 +49,11 @@ class Slot:
             if self.closed:
                 raise refuse("NOT_PRIMARY", f"partition {self.number} is no longer held here")
             before = self.replica.machine.log.last
-            await self.server.pool()
+            await self._pool()
             try:
                 result = work()
                 self.server.world.checks.appended(self, before)
-                await self.server.pool()
+                await self._pool()
                 return result
             finally:
                 if self.server.process.alive and self.replica.machine.log.last != before:
@@ -62,6 +62,10 @@ class Slot:
                     self.stir()
         finally:
             self._lock.release()
+
+    async def _pool(self) -> None:
+        if self.number:  # the ledger lives on the event loop
+            await self.server.pool()
 
     async def lead(self, work: Callable[[], Any]) -> Any:
         """Work that only a primary may do."""

@@ -18,6 +18,7 @@ BESIDE = "primaries die beside stopped followers"
 BACK = "deposed and back"
 DEATHS = "contributors die"
 STOPPED = "the coordinator is stopped"
+LEDGER = "the ledger moves"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Found:
 
 QUICK = {
     "answers leave before the in-sync set has their records": Found("9:", PRIMARIES, 5),
-    "a learner joins at lag": Found("9:", FOLLOWERS, 10),
+    "a learner joins at lag": Found("9:", FOLLOWERS, 30),
     "who is asked to leave is not waited for any more": Found("9:", FOLLOWERS, 10),
     "whoever is alive is promoted": Found("9:", PRIMARIES, 5),
     "a promotion for silence trims the in-sync set": Found("9:", BACK, 5),
@@ -47,6 +48,8 @@ QUICK = {
     "contributions are summed as they came": Found("15:", DRAWN, 5),
     "a step goes on without what is missing": Found("14:", PRIMARIES, 5),
     "FENCE drops what is staged": Found("14:", DEATHS, 5),
+    "an answer of the ledger leaves before its records are everywhere": Found("9:", LEDGER, 5),
+    "a follower of the ledger replays without writing tombstones": Found("14:", LEDGER, 5),
 }
 """In the suite."""
 
@@ -68,6 +71,7 @@ DIRECTED: dict[str, Callable[[], None]] = {
     "no floor is sent with a pull": directed.pulls_name_a_floor,
     "a fenced contribution comes without the decision that names it": directed.decisions_come_along,
     "a learner's word from before the newest row counts": directed.learner_of_another_row,
+    "a deposed ledger goes on until a map says so": directed.deposed_ledger_refuses,
     "a folder is not synced after a rename": directed.folders_are_synced,
 }
 """What something else stands before, in a whole cluster: see docs/simulation.md."""

@@ -18,7 +18,7 @@ from paramesh_server.partition import Partition
 from paramesh_server.replica import Replica
 from paramesh_server.staging import Budget
 
-from tests.simulation.world import LEDGER_SPEC, layouts
+from tests.simulation.world import SPECS, layouts
 
 PASSING = ("STALE_EPOCH", "LOG_GAP", "DIVERGED")
 
@@ -35,7 +35,7 @@ class Message:
 
 def empty() -> Partition:
     """A replica that was just made."""
-    return Partition(0, 0, layouts(0)[0], LEDGER_SPEC, epoch=0, budget=Budget(1 << 20))
+    return Partition(1, 1, layouts(1)[0], SPECS[0], epoch=0, budget=Budget(1 << 20))
 
 
 def record(at: Position) -> Record:

@@ -1,109 +1,25 @@
-"""Synchronous workers, and a ledger that is always there and always right.
-
-The replicated ledger is not simulated: what stands here decides as the real one does, in one
-process that never fails. Staging, decisions that travel with requests, and what a new primary
-lacks are the real thing: `exchange_sync.py` and `delivery.py` on the real partitions.
-"""
+"""Synchronous workers: `exchange_sync.py`, `delivery.py` and `joining.py`, asking the real ledger through the map."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy
-from paramesh.errors import ParameshError, refuse
+from paramesh.asked import name_attempts
+from paramesh.errors import Fenced, ParameshError, refuse
+from paramesh.exchange import PULL_TRIES
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as pb
 from paramesh_server.requests import StagedAt
 from paramesh_server.staging import Contribution
 
 from tests.simulation.clients import Client
 from tests.simulation.dataplane import Pull, Push
-from tests.simulation.kernel import Process, Signal, Violation
+from tests.simulation.kernel import Violation
+from tests.simulation.ledger_client import LedgerClient
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-GROUP = 7
-PERMIT_S = 2.0
-"""After its eviction, a contribution that is missing somewhere may be left out there."""
-
-
-class Ledger:
-    """Who counts, and what was decided."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.kernel = world, world.kernel
-        self.process = Process("ledger")
-        self.records: list[pb.StepRecord] = []
-        self.gone: dict[int, float] = {}
-        """Evicted client -> when."""
-        self._ranks: dict[int, int] = {}
-        self._ready: dict[int, dict[int, int]] = {}
-        self._started = False
-        self._decided = Signal()
-
-    async def join(self, client: int) -> int:
-        """The step from which it is required."""
-        if client in self.gone:
-            raise refuse("EVICTED", f"client {client} was evicted")
-        if client not in self._ranks:
-            free = next(rank for rank in range(len(self._ranks) + 1) if rank not in self._ranks.values())
-            self._ranks[client] = free
-        self._started = self._started or len(self._ranks) >= self.world.profile.workers
-        return len(self.records)
-
-    async def leave(self, client: int) -> None:
-        """It is done."""
-        self._ranks.pop(client, None)
-
-    def evicted(self, client: int) -> None:
-        """It is dead, says the coordinator. Repeatable."""
-        if client not in self.gone:
-            self.kernel.note(f"ledger evicts client {client}")
-            self.gone[client] = self.kernel.now
-            self._ranks.pop(client, None)
-            self._ready.pop(client, None)
-            self._decide()
-
-    async def ready(self, request: tuple[int, int, dict[int, int]]) -> pb.StepRecord:
-        """Everything is staged: which attempt in which partition. The decision, when it is there."""
-        client, step, attempts = request
-        if step < len(self.records):
-            return self.records[step]
-        if client not in self._ranks:
-            raise refuse("EVICTED", f"client {client} was evicted")
-        self._ready[client] = attempts
-        self._decide()
-        if step >= len(self.records):
-            await self.kernel.wait(self._decided.next, 2.0)
-        if step >= len(self.records):
-            raise refuse("WAITING_FOR_WORKERS", "others are not ready")
-        return self.records[step]
-
-    def _decide(self) -> None:
-        if not self._started or not self._ranks or any(client not in self._ready for client in self._ranks):
-            return
-        record = pb.StepRecord(group=GROUP, step=len(self.records), loss_reduction=pb.LOSS_REDUCTION_MEAN)
-        for rank, client in sorted((rank, client) for client, rank in self._ranks.items()):
-            attempts = self._ready[client]
-            first = min(attempts.values())
-            named = record.contributors.add(client_id=client, rank=rank, weight=1 + client % 3, attempt=first)
-            for partition, attempt in sorted(attempts.items()):
-                if attempt != first:
-                    named.overrides.add(partition=partition, attempt=attempt)
-        self._ready.clear()
-        self.records.append(record)
-        self.world.faults.decided(record)
-        self.kernel.note(f"ledger decides step {record.step}: {[c.client_id for c in record.contributors]}")
-        self._decided.fire()
-
-    async def get_steps(self, first: int) -> list[pb.StepRecord]:
-        """Decisions from a step on."""
-        return self.records[first:]
-
-    async def report_missing(self, request: tuple[int, int, list[int]]) -> list[int]:
-        """Without whom a partition may go on: those that are evicted, a while after that."""
-        _, _, clients = request
-        return [c for c in clients if self.kernel.now - self.gone.get(c, self.kernel.now) >= PERMIT_S]
 
 
 class Worker(Client):
@@ -116,7 +32,15 @@ class Worker(Client):
         self.kept: dict[tuple[int, int], Contribution] = {}
         """(partition, attempt) -> bytes of `kept_step`."""
         self.kept_step = -1
+        self.rank: int | None = None
+        """Of its last membership: it asks for it again."""
+        self.group = 0
+        self.position = 0
+        """The step whose values it has."""
+        self.committed: list[pb.StepRecord] = []
+        """Decisions that partitions may lack: the record of the step before."""
         super().__init__(world, name)
+        self.ledger = LedgerClient(self)
 
     async def live(self) -> None:
         while True:
@@ -124,29 +48,117 @@ class Worker(Client):
             try:
                 await self._train()
                 return
-            except ParameshError as error:
-                if error.reason not in ("EVICTED", "CLIENT_FENCED", "STEP_OUT_OF_RANGE"):
-                    raise Violation(f"17: {self.name} got {error!r}") from error
+            except Fenced as error:
+                if not self.world.is_closed(self.client_id):
+                    raise Violation(f"17: {self.name} got {error!r}, and lives") from error
                 self.kernel.note(f"{self.name} begins anew: {error!r}")
 
     async def _train(self) -> None:
-        step = await self.patiently("ledger", "join", self.client_id)
-        records: list[pb.StepRecord] = []
-        await self._pull(step, records)
-        while step < self.world.profile.steps:
-            attempts = await self._stage(step, records)
-            record = await self.patiently("ledger", "ready", (self.client_id, step, attempts))
-            if self.forgets_early:
-                self.kept.clear()
-            step, records = step + 1, [record]
-            if self.world.rng.random() < self.world.profile.idle:  # the next batch is loaded first
-                await self.kernel.sleep(self.world.rng.uniform(0.0, 1.5))
-            await self._pull(step, records)
-            self.kept.clear()
+        await self._join()
+        while self.position < self.world.profile.steps:
+            if self.world.rng.random() < self.world.profile.pauses:
+                await self._between()
+            await self._step()
             await self.kernel.sleep(self.world.rng.uniform(0.0, self.world.profile.step_s))
-        await self.patiently("ledger", "leave", self.client_id)
+        await self.ledger.ask("Leave", lg.LeaveRequest())
 
-    async def _stage(self, step: int, records: list[pb.StepRecord]) -> dict[int, int]:
+    # --- joining.py, membership.py, exchange.py ---
+
+    async def _join(self) -> None:
+        request = lg.JoinRequest(
+            slot=self.name, preferred_rank=self.rank or 0, has_preferred_rank=self.rank is not None
+        )
+        self.rank = (await self.ledger.ask("Join", request)).rank
+        self.kept, self.kept_step = {}, -1
+        opened = await self.ledger.ask("OpenGroup", lg.OpenGroupRequest(spec=self.world.group_spec()))
+        self.group = opened.group
+        if not opened.initialised:
+            await self._first_values()
+        await self._activate()
+
+    async def _first_values(self) -> None:
+        """`_first_values_on_loop`; the owner of the tables has written them."""
+        while True:
+            answer = await self.ledger.ask("AwaitInit", lg.AwaitInitRequest(group=self.group))
+            if answer.initialised:
+                return
+            if answer.owner:
+                commit = lg.CommitInitRequest(group=self.group, init_attempt=answer.init_attempt)
+                try:
+                    await self.ledger.ask("CommitInit", commit)
+                    return
+                except ParameshError as error:
+                    if error.reason != "INITIALISING":
+                        raise
+
+    async def _activate(self) -> None:
+        """`ensure_active` and `on_active`: steps wait for it, and it has their values."""
+        request = lg.SetActivityRequest(activity=lg.ACTIVITY_ACTIVE)
+        answer = await self.ledger.ask("SetActivity", request)
+        await self._pull_now(next(position for position in answer.groups if position.group == self.group))
+
+    async def _between(self) -> None:
+        """A loader ends, and another one begins a while later."""
+        await self.ledger.ask("SetActivity", lg.SetActivityRequest(activity=lg.ACTIVITY_BETWEEN))
+        await self.kernel.sleep(self.world.rng.uniform(0.0, 2.5))
+        await self._activate()
+
+    async def _reopen(self) -> lg.GroupPosition:
+        answer = await self.ledger.ask("OpenGroup", lg.OpenGroupRequest(spec=self.world.group_spec()))
+        return answer.position  # type: ignore[no-any-return]
+
+    # --- exchange_sync.py ---
+
+    async def _pull_now(self, position: lg.GroupPosition) -> None:
+        """The values of the group's next step; again if others moved on meanwhile."""
+        for _ in range(PULL_TRIES):
+            self.committed = [position.last] if position.HasField("last") else []
+            try:
+                await self._pull(position.next_step)
+            except ParameshError as error:
+                if error.reason != "STEP_OUT_OF_RANGE":
+                    raise
+                position = await self._reopen()
+                continue
+            self.position = position.next_step
+            return
+        raise refuse("STEP_OUT_OF_RANGE", f"steps overtook {PULL_TRIES} pulls")
+
+    async def _step(self) -> None:
+        step = self.position
+        if step >= self.world.profile.steps:
+            return
+        attempts = await self._stage(step)
+        request = lg.ReadyRequest(group=self.group, step=step, weight=1 + self.client_id % 3, applied_through=step)
+        name_attempts(request, attempts)
+        record = (await self._ready(request)).record
+        if self.forgets_early:
+            self.kept.clear()
+        self.committed = [record]
+        if self.world.rng.random() < self.world.profile.idle:  # the next batch is loaded first
+            await self.kernel.sleep(self.world.rng.uniform(0.0, 1.5))
+        try:
+            await self._pull(record.step + 1)
+            self.position = record.step + 1
+        except ParameshError as error:
+            if error.reason != "STEP_OUT_OF_RANGE":
+                raise
+            await self._pull_now(await self._reopen())  # evicted after its Ready: the group is further
+        self.kept.clear()
+
+    async def _ready(self, request: lg.ReadyRequest) -> lg.ReadyResponse:
+        """`_ready_on_loop`."""
+        try:
+            response: lg.ReadyResponse = await self.ledger.ask("Ready", request)
+        except ParameshError as error:
+            if error.reason != "STEP_OUT_OF_RANGE":
+                raise
+            raise Fenced(f"the decision of step {request.step} is forgotten: {error}", reason="EVICTED") from error
+        if not response.included:
+            self.kernel.note(f"{self.name} is too late for step {request.step}")
+        return response
+
+    async def _stage(self, step: int) -> dict[int, int]:
         """Sometimes computed twice: the second attempt is what is named."""
         self.kept, self.kept_step = {}, step
         rng, attempts = self.world.rng, {}
@@ -155,24 +167,23 @@ class Worker(Client):
             self._keep(step, partition, 1)
         if rng.random() < 0.25:
             again = rng.choice(self.world.sync_partitions)
-            await self._put(step, again, 1, records)
+            await self._put(step, again, 1)
             attempts[again] = 2
             self._keep(step, again, 2)
-        puts = [self._put(step, p, a, records) for p, a in attempts.items()]
-        await self.kernel.gather(self.process, *puts)
+        await self.kernel.gather(self.process, *(self._put(step, p, a) for p, a in attempts.items()))
         return attempts
 
     def _keep(self, step: int, partition: int, attempt: int) -> None:
         self.kept[partition, attempt] = self.world.gradient(self.client_id, step, partition, attempt)
 
-    async def _put(self, step: int, partition: int, attempt: int, records: list[pb.StepRecord]) -> None:
-        at = StagedAt(GROUP, step, attempt)
+    async def _put(self, step: int, partition: int, attempt: int) -> None:
+        at = StagedAt(self.group, step, attempt)
         made = self.kept[partition, attempt]
-        request = Push(self.client_id, partition, 0, made, staged=at, committed=tuple(records))
+        request = Push(self.client_id, partition, 0, made, staged=at, committed=tuple(self.committed))
         await self.deliver("push", request, self._mend)
 
-    async def _pull(self, step: int, records: list[pb.StepRecord]) -> None:
-        pulls = [self._pull_one(step, p, records) for p in self.world.sync_partitions]
+    async def _pull(self, step: int) -> None:
+        pulls = [self._pull_one(step, p, self.committed) for p in self.world.sync_partitions]
         await self.kernel.gather(self.process, *pulls)
 
     async def _pull_one(self, step: int, partition: int, records: list[pb.StepRecord]) -> None:
@@ -186,8 +197,8 @@ class Worker(Client):
         """What a refusal asks for; None: only to wait."""
         if error.reason == "NEED_STEPS":
             first = int(error.metadata["applied_step"])
-            more = await self.patiently("ledger", "get_steps", first)
-            have = {record.step: record for record in [*request.committed, *more]}
+            more = await self.ledger.ask("GetSteps", lg.GetStepsRequest(group=self.group, first=first))
+            have = {record.step: record for record in [*request.committed, *more.records]}
             supplied = tuple(have[step] for step in sorted(have))
             return None if supplied == request.committed else _with(request, supplied)
         if error.reason != "NOT_STAGED":
@@ -201,7 +212,8 @@ class Worker(Client):
         missing = [int(client) for client in error.metadata["client_ids"].split(",")]
         if self.client_id in missing and self.kept_step == step and await self._restage(request, step):
             return request
-        permitted = await self.patiently("ledger", "report_missing", (step, partition, missing))
+        report = lg.ReportMissingRequest(group=self.group, step=step, partition=partition, client_ids=missing)
+        permitted = list((await self.ledger.ask("ReportMissing", report)).degraded)
         if not permitted:
             return request
         return _with(request, tuple(_degraded(record, step, partition, permitted) for record in request.committed))
@@ -212,7 +224,7 @@ class Worker(Client):
         for attempt, made in again:
             self.kernel.note(f"{self.name} brings p{partition} step {step} attempt {attempt} again")
             try:
-                at = StagedAt(GROUP, step, attempt)
+                at = StagedAt(self.group, step, attempt)
                 await self.once("push", Push(self.client_id, partition, 0, made, staged=at, committed=asked.committed))
             except ParameshError as error:
                 self.kernel.note(f"{self.name} was refused: {error!r}")

@@ -5,6 +5,7 @@ outcome = simulate(seed=17)         # raises Failure: what does not hold, and th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -18,14 +19,15 @@ from paramesh import hyper
 from paramesh.errors import ParameshError
 from paramesh.framing import checksum
 from paramesh.routing import PartitionLayout, cut
+from paramesh.v1 import ledger_pb2 as lg
 from paramesh.v1 import types_pb2 as pb
 from paramesh_coordinator.config import CoordinatorConfig
 from paramesh_coordinator.rows import ClientState, PartitionState
 from paramesh_coordinator.store.base import StoreError
 from paramesh_coordinator.store.memory import MemoryMedium
+from paramesh_server import ledger_service, roles
 from paramesh_server import log as log_module
 from paramesh_server import partition as partition_module
-from paramesh_server import roles
 from paramesh_server.decisions import Decided
 from paramesh_server.insync import Ref
 from paramesh_server.replica import Role
@@ -37,15 +39,19 @@ from tests.simulation.clients import AsyncPusher, Client, Owner, Reader
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Kernel, Violation
+from tests.simulation.loop import Loop
 from tests.simulation.network import Network
 from tests.simulation.profile import Profile
 from tests.simulation.scenarios import DRAWN, Scenario
 from tests.simulation.server import Server
 from tests.simulation.slots import Slot
-from tests.simulation.workers import Ledger, Worker
+from tests.simulation.workers import Worker
 
 ELEMENTS = 192
 """Of the asynchronous table: one per push."""
+
+GATHER_S = 1.0
+"""How long a step waits for a worker between two loaders; 2 s by default."""
 
 PATIENCE_S = 60.0
 """17: after the faults, everything is done within that much of the world's time."""
@@ -65,15 +71,13 @@ def _spec(name: str, elements: int, partition_bytes: int) -> pb.TableSpec:
     )
 
 
-LEDGER_SPEC = _spec("ledger", 64, 4096)
-"""Partition 0 stands in for the ledger: it is placed, replicated and promoted like any."""
 SPECS = (_spec("pushed", ELEMENTS, 4096), _spec("stepped", 256, 512))
 
 
 @functools.cache
 def layouts(table: int) -> tuple[PartitionLayout, ...]:
-    """Of a table id; 0 is the ledger's."""
-    return cut(LEDGER_SPEC if table == 0 else SPECS[table - 1])
+    """Of a table id."""
+    return cut(SPECS[table - 1])
 
 
 def contribution_of(layout: PartitionLayout, values: numpy.ndarray) -> Contribution:
@@ -96,8 +100,9 @@ class World:
         self.rng = self.kernel.rng
         self.profile = profile or Profile.drawn(self.rng)
         self.config = CoordinatorConfig(
-            replicas=self.profile.replicas, min_isr=self.profile.min_isr, min_servers=self.profile.servers
-        )
+            replicas=self.profile.replicas, min_isr=self.profile.min_isr, min_servers=self.profile.servers,
+            start_workers=max(1, self.profile.workers), gather=GATHER_S,
+        )  # fmt: skip
         self.net = Network(self.kernel, self.rng)
         self.net.latency = self.profile.latency
         self.medium = MemoryMedium()
@@ -110,8 +115,6 @@ class World:
         self.begun = False
         self.clients: list[Client] = []
         self.faults = Scenario(self) if self.profile.scenario else Faults(self)
-        self.ledger = Ledger(self)
-        self.net.nodes["ledger"] = self.ledger
         self.gradients: dict[tuple[int, int, int, int], numpy.ndarray] = {}
         """(client, step, partition, attempt) -> what that worker computed."""
         self._one_hot: dict[tuple[int, int], Contribution] = {}
@@ -236,8 +239,15 @@ class World:
     # --- tables ---
 
     def schema(self, table: int) -> tuple[pb.TableSpec, tuple[PartitionLayout, ...]]:
-        """Of a table id; 0 is the ledger's."""
-        return (LEDGER_SPEC if table == 0 else SPECS[table - 1]), layouts(table)
+        """Of a table id."""
+        return SPECS[table - 1], layouts(table)
+
+    def group_spec(self) -> lg.GroupSpec:
+        """What workers declare to the ledger."""
+        return lg.GroupSpec(
+            name="stepped", mode=lg.MODE_SYNC, loss_reduction=pb.LOSS_REDUCTION_MEAN, structure_digest=b"stepped",
+            tensor_names=["w"], partitions=self.sync_partitions,
+        )  # fmt: skip
 
     def layouts_of(self, spec: pb.TableSpec) -> tuple[PartitionLayout, ...]:
         """As `schema`."""
@@ -377,6 +387,7 @@ def _installed(world: World) -> Iterator[None]:
     """The world's clock and limits, in the modules that have their own."""
     before, level = (roles.time, log_module.KEPT_RECORDS), roles.log.level
     roles.log.setLevel(logging.ERROR)
+    ledger_service.log.setLevel(logging.ERROR)
     gather = partition_module.gather
 
     def gathering(record: pb.StepRecord, partition: int, staging: Staging) -> Decided:
@@ -385,12 +396,15 @@ def _installed(world: World) -> Iterator[None]:
         return decided
 
     partition_module.gather = gathering  # type: ignore[attr-defined]
+    ledger_service.asyncio = Loop(world.kernel)  # type: ignore[assignment]
     roles.time, log_module.KEPT_RECORDS = _Clock(world.kernel), world.profile.kept_records  # type: ignore[assignment]
     try:
         yield
     finally:
         roles.time, log_module.KEPT_RECORDS = before
         roles.log.setLevel(level)
+        ledger_service.log.setLevel(level)
+        ledger_service.asyncio = asyncio
         partition_module.gather = gather  # type: ignore[attr-defined]
 
 

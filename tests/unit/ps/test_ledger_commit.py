@@ -286,6 +286,34 @@ async def test_a_timer_that_finds_the_log_closed_ends_the_ledger() -> None:
 
 
 @on_loop
+async def test_a_ledger_that_its_successor_reaches_before_any_map_refuses_everybody() -> None:
+    """Its coordinator is out of reach: the next primary's records come first, and it follows them at once."""
+    log = Log()
+    served = serve(log)
+    await workers(served, 2)
+    waiting = ready(served, 1)
+    await until(lambda: sleeping(served) == 1)
+    fresh, known = Log(), log.everywhere
+    fresh.records, fresh.everywhere = log.records[:known], known
+    promoted = serve(fresh, log.follower())
+    await call(promoted, "PutState", key="k", version=1, value=b"v")
+    served.ledger.replay([decode_record(data) for data in fresh.records[known:]])
+    at = served.ledger.lsn
+    put, get = call(served, "PutState", key="k", version=2, value=b"w"), call(served, "GetState", key="k")
+    for answer in (ready(served, 2), put, get):
+        with refused("NOT_PRIMARY"):
+            await answer
+    with refused("NOT_PRIMARY"):
+        await served.evict(2, 1, "dead")
+    served._tick()
+    assert served._timer is None
+    with refused("NOT_PRIMARY"):
+        await asyncio.wait_for(waiting, POLL_S / 2)
+    assert served.ledger.lsn == at
+    await promoted.close()
+
+
+@on_loop
 async def test_a_promoted_ledger_goes_on_where_the_old_one_was() -> None:
     log = Log()
     served = serve(log)

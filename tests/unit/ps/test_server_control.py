@@ -288,3 +288,44 @@ def test_a_ledger_promoted_again_before_a_map_deposed_it_has_one_service() -> No
         await after.LedgerStatus(request, CONTEXT)
 
     on_loop(test)
+
+
+def test_a_ledger_that_a_follower_deposed_ends_before_any_map_says_so() -> None:
+    """Its coordinator is out of reach; whoever asks it must look for the next one, not wait for a poll to end."""
+
+    async def test() -> None:
+        node = Node(SPEC)
+        await node.follow(routes(1, [ME]))
+        before = await node.ledger.service()
+        assert node.ledger.slot is not None
+        node.ledger.slot.replica.heed(2)
+        assert await reason(node.ledger.service()) == "NOT_PRIMARY"
+        request = lg.LedgerStatusRequest(request=header("job", 1))
+        assert await reason(before.LedgerStatus(request, CONTEXT)) == "NOT_PRIMARY"
+
+    on_loop(test)
+
+
+def test_what_the_ledger_has_written_is_not_acknowledged_with_too_few_in_sync() -> None:
+    """Invariant 10, as for tables: the follower went after the record was appended, and before the answer left."""
+
+    async def test() -> None:
+        node, maps = Node(SPEC), [routes(1, [ME]), routes(2, [ME])]
+        for newest, in_sync in zip(maps, ([ME, THEM], [ME]), strict=True):
+            newest.map.config.min_isr = 2
+            newest.map.partitions[0].version = newest.version
+            newest.map.partitions[0].isr.extend(in_sync)
+        await node.follow(maps[0])
+        assert node.ledger.slot is not None
+        log = node.ledger.slot.replica.machine.log
+        joining = asyncio.ensure_future(
+            node.ledger._forward("Join")(lg.JoinRequest(request=header("job", 1, 7)), CONTEXT)
+        )
+        while not log.lsn:  # noqa: ASYNC110 (there is nothing to set an event)
+            await asyncio.sleep(0)
+        await node.follow(Routes(maps[1].map))
+        assert await reason(joining) == "NOT_ENOUGH_REPLICAS"
+        steps = lg.GetStepsRequest(request=header("job", 1, 7), group=1)
+        assert await reason(node.ledger._forward("GetSteps")(steps, CONTEXT)) == "UNKNOWN_GROUP", "reads go on"
+
+    on_loop(test)
