@@ -17,7 +17,7 @@ from paramesh.identity import Identity, Role
 from paramesh.routing import check_name
 from paramesh.security import Security
 
-from paramesh_server.process import memory_bytes
+from paramesh_server.process import memory_bytes, room_for_values
 
 __all__ = ["ServerConfig", "parse_address"]
 
@@ -33,6 +33,10 @@ def _default_name() -> str:
 
 def _half_of_memory() -> int:
     return memory_bytes() // 2
+
+
+def _room_for_values() -> int:
+    return room_for_values(memory_bytes())
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ class ServerConfig:
     """Share of the memory (of the container, else of the machine) above which nothing new is taken on: tables,
     workers, writes of new clients. What is under way goes on. 0: never."""
 
-    capacity_bytes: int = 0
-    """How many bytes of values the coordinator may place here. 0: no bound."""
+    capacity_bytes: int = field(default_factory=_room_for_values)
+    """How many bytes of values the coordinator may place here, of whatever replicas. Default: a fourth of the memory
+    (of the container, else of the machine) beyond the 384 MiB that a server needs itself. 0: no bound."""
 
     copy_rate: int = 64 << 20
     """Bytes per second at which partitions are copied from here to other servers, for moves and new replicas.

@@ -9,6 +9,15 @@ from pathlib import Path
 
 from paramesh.headroom import Headroom
 
+OWN_BYTES = 384 << 20
+"""What a server takes before it holds anything: Python and torch, 330 MiB measured."""
+
+SHARE_OF_VALUES = 4
+"""Of the rest a fourth: Adam keeps twice as much beside the values, and what waits and travels needs the last one."""
+
+LEAST_VALUES = 16 << 20
+"""However small the memory is: toys must fit."""
+
 
 def rss_bytes() -> int:
     """Resident memory of this process; 0 where /proc does not say."""
@@ -22,6 +31,11 @@ def rss_bytes() -> int:
 def memory_bytes() -> int:
     """What this process may use: its container's limit, else the machine's memory."""
     return Headroom(0.0).limit
+
+
+def room_for_values(memory: int) -> int:
+    """How many bytes of values fit into so much memory, with what comes with them."""
+    return max(LEAST_VALUES, (memory - OWN_BYTES) // SHARE_OF_VALUES)
 
 
 def host_id() -> str:

@@ -17,8 +17,6 @@ MIB = 1 << 20
 LIMIT = 1024 * MIB
 """Of a server's memory. One with nothing in it takes about 350 MiB."""
 
-CAPACITY = 160 * MIB
-"""Values that may be placed on a server: what is left holds them, what is on its way, and copies for followers."""
 
 TABLE = 16 * MIB
 
@@ -54,8 +52,8 @@ def acknowledged_within(scene, seconds: float) -> int:
 
 @pytest.mark.wires
 def test_a_flood_of_tables_is_refused_and_kills_nobody(cluster_of, say):
-    """Row 37: servers with a memory limit, and told what fits into it, say no before the kernel does."""
-    cluster = cluster_of(memory_limit=LIMIT, server_flags=[f"--capacity-bytes={CAPACITY}"])
+    """Row 37: servers with a memory limit say no before the kernel does."""
+    cluster = cluster_of(memory_limit=LIMIT)
     made, refusal = 0, None
     with paramesh.connect(cluster.coordinator_address) as client:
         while made < 200 and refusal is None:
