@@ -74,7 +74,7 @@ class Mover:
         self.cluster = cluster
 
     def ask(self, function: Callable[..., Any], *more: Any) -> Any:
-        return self.cluster.call(function([self.cluster.address], "default", *more), 10)
+        return self.cluster.call(function(inspection.Coordinators((self.cluster.address,)), "default", *more), 10)
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """As `psctl partitions --json` has them."""
