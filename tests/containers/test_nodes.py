@@ -75,6 +75,7 @@ def test_a_rolling_restart_of_every_node_under_load(cluster_of, say):
     say(acked=found.acked, failed=0)
 
 
+@pytest.mark.long
 def test_a_server_comes_and_another_leaves_under_load(cluster_of, say):
     """Row 31: on a fourth host; nothing is restarted."""
     scene = pushed(cluster_of)
