@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,12 @@ from paramesh.identity import Identity as Identified
 from paramesh.identity import Role
 from paramesh.retry import Backoff
 from paramesh.rotation import CAP_S, NEXT_S, Rotation
-from paramesh.security import PLAIN, Security
+from paramesh.security import Security
 from paramesh.status import from_rpc_error
 from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1.coordinator_pb2_grpc import MembershipStub
+
+from paramesh_server.beat_line import Identity, Line
 
 __all__ = ["Figures", "Identity", "beat"]
 
@@ -56,23 +58,6 @@ REPORT_S = 5.0
 UNKNOWN_EXIT = 256
 """Reported when the server's parent reaped it before we could look: then the kernel knows its code no more.
 Above what any process can exit with, so that the coordinator tells it from a code."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who beats, and to whom."""
-
-    coordinators: str
-    job: str
-    generation: int
-    name: str
-    incarnation: int
-    interval: float
-    """Seconds between beats."""
-    timeout: float
-    """Seconds without an answer after which another stream is opened."""
-    security: Security = PLAIN
-    """Of the channels to the coordinators."""
 
 
 @dataclass(frozen=True)
@@ -160,68 +145,18 @@ async def beat(
     turns, backoff = Rotation(identity.coordinators), Backoff(cap=CAP_S)
     while True:
         address, wait = turns.address, None
-        stream = _Stream(identity, figures, may_beat, on_heard)
+        line = Line(identity, lambda beat: figures().put(beat), may_beat, on_heard)
         try:
-            async with aio_channel(address, identity.security, heartbeat=True) as channel:
-                if await stream.run(channel):
-                    on_unknown()
+            if await line.run(address):
+                on_unknown()
         except (grpc.RpcError, TimeoutError) as error:
             log.debug("heartbeat=broken coordinator=%s: %r", address, error)
-            if stream.answered:
+            if line.answered:
                 turns.succeeded()
             wait = turns.failed(from_rpc_error(error, address) if isinstance(error, grpc.RpcError) else None)
-        if stream.answered:
+        if line.answered:
             backoff = Backoff(cap=CAP_S)
         await asyncio.sleep(backoff.next() if wait is None else max(wait, NEXT_S))
-
-
-class _Stream:
-    """One stream of beats: each echoes the nonce of the last answer."""
-
-    def __init__(
-        self,
-        identity: Identity,
-        figures: Callable[[], Figures],
-        may_beat: Callable[[], bool],
-        on_heard: Callable[[], None],
-    ) -> None:
-        self._identity = identity
-        self._on_heard = on_heard
-        self._figures = figures
-        self._may_beat = may_beat
-        self._nonce = 0
-        self.answered = False
-
-    async def run(self, channel: grpc.aio.Channel) -> bool:
-        """Beat until the stream breaks; true if the coordinator does not know us."""
-        call = MembershipStub(channel).Heartbeat(self._beats())
-        try:
-            while True:
-                # Silence of our own while stopped is no silence of the coordinator's.
-                answer = await asyncio.wait_for(call.read(), self._identity.timeout if self._may_beat() else None)
-                if answer is grpc.aio.EOF:
-                    return False
-                if not self.answered:
-                    self._on_heard()
-                self._nonce, self.answered = answer.nonce, True
-                if answer.unknown:
-                    return True
-        finally:
-            call.cancel()
-
-    async def _beats(self) -> AsyncIterator[co.HeartbeatRequest]:
-        who = self._identity
-        while True:
-            if self._may_beat():
-                beat = co.HeartbeatRequest(
-                    request=header(who.job, who.generation),
-                    kind=co.NODE_KIND_SERVER,
-                    name=who.name,
-                    incarnation=who.incarnation,
-                    echo=self._nonce,
-                )
-                yield self._figures().put(beat)
-            await asyncio.sleep(who.interval)
 
 
 def process_state(pid: int) -> tuple[str, int | None]:

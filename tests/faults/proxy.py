@@ -3,6 +3,7 @@
     with Proxy(server_address) as proxy:      # clients use proxy.address
         proxy.cut()                           # resets every connection
         proxy.silence(down=True)              # requests arrive, answers do not
+        proxy.freeze()                        # what is connected now never gets a byte through again
 
 It runs on an event loop of its own thread, so that a test's own loop may be busy.
 """
@@ -34,6 +35,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._open = {"up": asyncio.Event(), "down": asyncio.Event()}
         """Set while bytes may pass in that direction."""
+        self._stuck: set[asyncio.StreamWriter] = set()
         self.cuts = 0
         self.address = ""
 
@@ -84,6 +86,8 @@ class Proxy:
             while data := await reader.read(CHUNK):
                 self._saw(reader, direction, data)
                 await self._open[direction].wait()
+                if writer in self._stuck:
+                    await asyncio.Event().wait()
                 writer.write(data)
                 await writer.drain()
         self._writers.discard(writer)
@@ -98,6 +102,13 @@ class Proxy:
     def cut(self) -> None:
         """Reset every connection; new ones are accepted."""
         self._call(self._cut())
+
+    async def _freeze(self) -> None:
+        self._stuck |= self._writers
+
+    def freeze(self) -> None:
+        """Hold back all bytes of the connections there are, without closing any; new ones are none of these."""
+        self._call(self._freeze())
 
     async def _set(self, up: bool, down: bool) -> None:
         for name, silent in (("up", up), ("down", down)):

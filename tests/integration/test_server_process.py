@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -19,6 +20,9 @@ from paramesh.v1 import coordinator_pb2 as co
 from paramesh.v1 import types_pb2 as pb
 from paramesh.v1.coordinator_pb2_grpc import MapServiceStub
 from paramesh_server.beat import process_state
+
+from tests.cluster import inspection
+from tests.faults.proxy import Proxy
 
 
 class Nodes:
@@ -163,6 +167,38 @@ def test_a_stopped_server_falls_silent_and_comes_back(nodes: Nodes) -> None:
     server.send_signal(signal.SIGCONT)
     eventually(lambda: nodes.state("s0") == pb.NODE_STATE_LIVE, "the server to be back")
     assert server.poll() is None
+
+
+def test_a_server_whose_connections_hang_is_heard_on_new_ones(nodes: Nodes) -> None:
+    """A flow that a switch has forgotten: only who connects anew gets through, and nothing is said to break."""
+    nodes.start_coordinator()
+    nodes.start_server("s1")  # with every node silent the coordinator doubts itself
+    with Proxy(nodes.coordinator) as proxy:
+        nodes.start("s0", "paramesh_server.cli", "--coordinator", proxy.address, "--name", "s0")
+        for name in ("s0", "s1"):
+            nodes.said(name, r"(serving)")
+        helper = eventually(lambda: nodes.helper_of("s0"), "the helper")
+        for _ in range(3):
+            eventually(lambda: len(connections_of(helper)) == 1, "one connection of beats")
+            (old,) = connections_of(helper)
+            proxy.freeze()
+            eventually(lambda old=old: connections_of(helper) - {old}, "another connection")
+            eventually(lambda old=old: old not in connections_of(helper), "the old one to be given up")
+    kinds = [event.kind for event in inspection.events(nodes.coordinator)]
+    assert "server_dead" not in kinds, kinds
+
+
+def connections_of(pid: int) -> set[str]:
+    """The TCP sockets that a process has open, by the kernel's number."""
+    found, tcp = set(), set()
+    for table in ("tcp", "tcp6"):  # gRPC's sockets are of both families
+        tcp |= {line.split()[9] for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            name = fd.readlink().name
+            if name.startswith("socket:[") and name[8:-1] in tcp:
+                found.add(name)
+    return found
 
 
 def test_a_server_is_heard_while_its_helper_starts(nodes: Nodes, tmp_path: Path) -> None:
