@@ -4,6 +4,10 @@ A refusal costs a server some 200 microseconds of its one interpreter. A client 
 refusals as fast as it can would take it from everybody else, so from the third in a row on an
 answer is held back, and a connection that does not learn from it is closed. A well-formed
 request in between clears its record.
+
+A new connection would clear it too. So a host is remembered as well: once much has come from it,
+those of its connections that have only offended are answered late from the first time on and
+closed soon. Its other connections, which may be workers behind the same address, notice nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +15,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 __all__ = ["OFFENCES", "Offenders", "cut_connection"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OFFENCES = frozenset({"FORMAT"})
 """Reasons that no client of ours, however old, gives cause for: bytes that are no message, or none."""
@@ -33,8 +41,19 @@ HOLD_S = 0.25
 CUT = 12
 """Offences in a row, answered or held back, after which the connection is closed."""
 
+HOT = 50.0
+"""Offences of a host, those of long ago counting less, from which on these hold: """
+HOT_HOLD_S = 2.0
+HOT_CUT = 3
+
+COOLS_S = 10.0
+"""In so many seconds a host's offences come to count half."""
+
+HELD = 1024
+"""Answers held back at a time; beyond it connections are closed instead."""
+
 REMEMBERED = 4096
-"""Connections with a record; the oldest is forgotten."""
+"""Connections, and hosts, with a record; the oldest is forgotten."""
 
 SAY_EVERY_S = 10.0
 """Seconds between two lines of log about it, so that a flood of bytes is none of lines."""
@@ -45,16 +64,30 @@ class Offenders:
 
     Args:
         cut: closes a peer's connection; whether it did.
+        clock: seconds, for tests.
+        sleep: for tests.
 
     Attributes:
         offences: counted so far.
         cuts: connections closed so far.
     """
 
-    def __init__(self, cut: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self,
+        cut: Callable[[str], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._cut = cut or cut_connection
+        self._clock = clock
+        self._sleep = sleep
         self._records: OrderedDict[str, int] = OrderedDict()
-        self._said = -SAY_EVERY_S
+        self._hosts: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """By host: what its offences come to, and when that was."""
+        self._good: OrderedDict[str, None] = OrderedDict()
+        """Connections that well-formed requests came on while somebody was watched."""
+        self._held = 0
+        self._said = -math.inf
         self.offences = 0
         self.cuts = 0
 
@@ -66,26 +99,47 @@ class Offenders:
     def forgive(self, peer: str) -> None:
         """A well-formed request came."""
         self._records.pop(peer, None)
+        _keep(self._good, peer, None)
 
     async def offended(self, peer: str) -> None:
         """Note an offence, and hold the answer to it back as long as is due."""
         self.offences += 1
-        count = self._records[peer] = self._records.get(peer, 0) + 1
-        self._records.move_to_end(peer)
-        if len(self._records) > REMEMBERED:
-            self._records.popitem(last=False)
-        if count >= CUT:
-            self._end(peer)
-        elif count > FREE:
-            await asyncio.sleep(HOLD_S)
+        count = self._records.get(peer, 0) + 1
+        _keep(self._records, peer, count)
+        hot = self._heat(peer.rpartition(":")[0]) > HOT and peer not in self._good
+        if count >= (HOT_CUT if hot else CUT) or self._held >= HELD:
+            self._end(peer, count)
+        elif hot or count > FREE:
+            self._held += 1
+            try:
+                await self._sleep(HOT_HOLD_S if hot else HOLD_S)
+            finally:
+                self._held -= 1
 
-    def _end(self, peer: str) -> None:
+    def _heat(self, host: str) -> float:
+        """What this host's offences come to, with one more."""
+        now = self._clock()
+        heat, at = self._hosts.get(host, (0.0, now))
+        heat = heat * 0.5 ** ((now - at) / COOLS_S) + 1.0
+        _keep(self._hosts, host, (heat, now))
+        return heat
+
+    def _end(self, peer: str, count: int) -> None:
         self._records.pop(peer, None)
+        self._good.pop(peer, None)
         self.cuts += self._cut(peer)
-        now = time.monotonic()
+        now = self._clock()
         if now - self._said >= SAY_EVERY_S:
             self._said = now
-            log.warning("connection cut peer=%s offences_in_a_row=%d cut_so_far=%d", peer, CUT, self.cuts)
+            log.warning("connection cut peer=%s offences_in_a_row=%d cut_so_far=%d", peer, count, self.cuts)
+
+
+def _keep(records: OrderedDict[str, T], key: str, value: T) -> None:
+    """Set, as the newest; forget the oldest of too many."""
+    records[key] = value
+    records.move_to_end(key)
+    if len(records) > REMEMBERED:
+        records.popitem(last=False)
 
 
 def cut_connection(peer: str) -> bool:

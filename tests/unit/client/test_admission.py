@@ -9,7 +9,6 @@ import pytest
 from paramesh.admission import CONTROL, LIMITED, Admission, key_of
 from paramesh.bounds import Bounds
 from paramesh.errors import ParameshError, refuse
-from paramesh.offenders import CUT, FREE, Offenders
 from paramesh.retry import TOLD_MAX_S, told_to_wait
 
 from tests.faults.fuzzing import calls
@@ -79,25 +78,6 @@ def test_a_message_that_does_not_come_is_waited_for_so_long_and_no_longer():
         assert refused.value.reason == "DEADLINE"
 
     asyncio.run(test())
-
-
-def test_a_connection_is_answered_then_held_back_then_cut(monkeypatch):
-    monkeypatch.setattr("paramesh.offenders.HOLD_S", 0.0)
-    cut: list[str] = []
-
-    async def test() -> None:
-        offenders = Offenders(lambda peer: bool(cut.append(peer) or True))
-        for _ in range(CUT - 1):
-            await offenders.offended("ipv4:1.2.3.4:5")
-        assert not cut
-        offenders.forgive("ipv4:1.2.3.4:5")
-        for _ in range(CUT):
-            await offenders.offended("ipv4:1.2.3.4:5")
-        assert cut == ["ipv4:1.2.3.4:5"]
-        assert (offenders.offences, offenders.cuts, offenders.watching) == (2 * CUT - 1, 1, False)
-
-    asyncio.run(test())
-    assert FREE < CUT
 
 
 def test_who_is_refused_waits_as_told_and_not_for_ever():
