@@ -5,7 +5,9 @@
 Real processes: two servers, two workers that train in step over a model of `--mib` MiB with
 momentum, so twice that can move. A third server is started, and nothing else is said. Measured
 from its registration: the time until the bytes that each server leads are within 20 % of their
-mean; and the longest step until then, beside the longest of ten seconds before.
+mean; the longest step until then, and the longest time in which no worker had a frame of a push
+or a pull, each beside the longest of ten seconds before. The first is what a busier machine
+costs too (the third server starts on the same cores); the second is a pause of training.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.moves import count_lines
+from benchmarks.pulse import longest_still
 from tests.cluster import replication
 from tests.cluster.processes import ProcessCluster
 
@@ -51,6 +54,10 @@ class Row:
     step_max_ms: float
     longer_by_ms: float
     """The longest step meanwhile beyond the longest of before: what training notices."""
+    calm_still_ms: float
+    """The longest time of before in which no worker sent or got a frame."""
+    still_ms: float
+    """The same meanwhile: the longest pause."""
     failed: int
     """Workers that ended in an error."""
     right: bool
@@ -85,9 +92,12 @@ def _measure(mib: float, partitions: int, replicas: int, rate: int) -> Row:
         failed = sum(worker.exit_code != 0 for worker in workers)
     ends = [line for mine in lines for line in mine if "pushes" in line]
     before, meanwhile = _steps(lines, calm, started), _steps(lines, came, even)
+    stills = [line["stills"] for line in ends]
+    calm_still, still = longest_still(stills, calm, started), longest_still(stills, came, even)
     return Row(
         replicas, rate, mib, partitions, round(even - came, 2), moved, *before, *meanwhile,
-        round(meanwhile[1] - before[1], 1), failed, not failed and all(line["right"] for line in ends),
+        round(meanwhile[1] - before[1], 1), round(calm_still * 1e3, 1), round(still * 1e3, 1),
+        failed, not failed and all(line["right"] for line in ends),
     )  # fmt: skip
 
 

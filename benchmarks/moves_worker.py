@@ -59,6 +59,10 @@ def train(plan: dict[str, Any], stopped: Callable[[], bool], out: IO[str]) -> No
     """Sync load: steps of which each adds one."""
     import paramesh
 
+    from benchmarks.pulse import Pulse
+
+    pulse = Pulse()
+    pulse.listen()
     model = torch.nn.ParameterList(torch.zeros(plan["elements"]) for _ in range(plan["partitions"]))
     momentum = plan.get("momentum", 0.0)
     inner = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
@@ -76,7 +80,7 @@ def train(plan: dict[str, Any], stopped: Callable[[], bool], out: IO[str]) -> No
                 parameter.grad = torch.zeros_like(parameter)
         out.write(json.dumps({"p": -1, "began": began, "t": time.monotonic()}) + "\n")
     right = all(bool((parameter == float(steps)).all()) for parameter in model)
-    out.write(json.dumps({"p": -1, "pushes": steps, "right": right}) + "\n")
+    out.write(json.dumps({"p": -1, "pushes": steps, "right": right, "stills": pulse.stills}) + "\n")
     paramesh.shutdown()
 
 
