@@ -76,6 +76,28 @@ def test_a_rolling_restart_of_every_node_under_load(cluster_of, say):
 
 
 @pytest.mark.long
+def test_a_rolling_restart_of_the_workers(cluster_of, say):
+    """Row 32, its other half: each is asked to go and replaced; no sample is lost or counted twice."""
+    cluster = cluster_of(start_workers=2)
+    tally = {"length": 240, "epochs": 4, "seconds": 0.05}
+    before = cluster.start_workers(2, TALLY, **tally)
+    cluster.wait_until(lambda: all(len(w.events("step")) > 5 for w in before), 60, "both to train")
+    for leaver in before:
+        cluster.terminate(f"worker-{leaver.index}")
+        cluster.wait_until(lambda leaver=leaver: leaver.exit_code is not None, 30, "it to leave")
+        assert leaver.exit_code == 0
+        successor = cluster.start_worker(TALLY, **tally)
+        cluster.wait_until(lambda worker=successor: worker.events("step"), 60, "another to train in its place")
+    successors = cluster.workers[2:]
+    cluster.wait_until(lambda: all(w.events("final") for w in successors), 120, "the training to end")
+    counts = cluster.table_values()["counts"].tolist()
+    kinds = [event.kind for event in inspection.events(cluster.coordinator_address)]
+    say(samples=len(counts), evicted=sum("evicted" in kind for kind in kinds))
+    assert set(counts) == {4.0}, {i: c for i, c in enumerate(counts) if c != 4.0}
+    assert not any("evicted" in kind for kind in kinds), kinds
+
+
+@pytest.mark.long
 def test_a_server_comes_and_another_leaves_under_load(cluster_of, say):
     """Row 31: on a fourth host; nothing is restarted."""
     scene = pushed(cluster_of)
