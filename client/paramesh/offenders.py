@@ -120,7 +120,7 @@ class Offenders:
         """What this host's offences come to, with one more."""
         now = self._clock()
         heat, at = self._hosts.get(host, (0.0, now))
-        heat = heat * 0.5 ** ((now - at) / COOLS_S) + 1.0
+        heat = heat * math.exp2((at - now) / COOLS_S) + 1.0
         _keep(self._hosts, host, (heat, now))
         return heat
 
