@@ -6,8 +6,9 @@ answer is held back, and a connection that does not learn from it is closed. A w
 request in between clears its record.
 
 A new connection would clear it too. So a host is remembered as well: once much has come from it,
-those of its connections that have only offended are answered late from the first time on and
-closed soon. Its other connections, which may be workers behind the same address, notice nothing.
+its connections that offend are answered later and closed sooner, and those that have brought
+nothing else from the first time on. Its others, which may be workers behind the same address,
+notice nothing.
 """
 
 from __future__ import annotations
@@ -106,10 +107,11 @@ class Offenders:
         self.offences += 1
         count = self._records.get(peer, 0) + 1
         _keep(self._records, peer, count)
-        hot = self._heat(peer.rpartition(":")[0]) > HOT and peer not in self._good
-        if count >= (HOT_CUT if hot else CUT) or self._held >= HELD:
+        hot = self._heat(peer.rpartition(":")[0]) > HOT
+        free = FREE if not hot or peer in self._good else 0
+        if count >= (free + HOT_CUT if hot else CUT) or self._held >= HELD:
             self._end(peer, count)
-        elif hot or count > FREE:
+        elif count > free:
             self._held += 1
             try:
                 await self._sleep(HOT_HOLD_S if hot else HOLD_S)

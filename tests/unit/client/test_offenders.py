@@ -50,12 +50,15 @@ def test_a_host_that_opens_connection_after_connection_is_held_from_the_first_of
     assert len(bench.holds) == HOT_CUT - 1, "another host is answered at once"
 
 
-def test_a_connection_that_brought_requests_is_not_judged_by_its_host():
+def test_a_connection_that_brought_requests_may_err_whatever_its_host_did():
     bench = Bench()
     bench.heat("ipv4:1.2.3.4")
-    bench.offenders.forgive("ipv4:1.2.3.4:7777")
-    bench.offend("ipv4:1.2.3.4:7777", FREE)
+    for _ in range(3):
+        bench.offenders.forgive("ipv4:1.2.3.4:7777")
+        bench.offend("ipv4:1.2.3.4:7777", FREE)
     assert (bench.holds, bench.cut) == ([], [])
+    bench.offend("ipv4:1.2.3.4:7777", HOT_CUT)  # in a row now
+    assert (bench.holds, bench.cut) == ([HOT_HOLD_S] * (HOT_CUT - 1), ["ipv4:1.2.3.4:7777"])
 
 
 def test_a_hot_host_cools():
