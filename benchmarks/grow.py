@@ -90,6 +90,8 @@ def _measure(mib: float, partitions: int, replicas: int, rate: int) -> Row:
         cluster.wait_until(lambda: all(w.exit_code is not None for w in workers), DEADLINE, "workers to end")
         lines = [[json.loads(line) for line in out.read_text().splitlines()] for out in outs]
         failed = sum(worker.exit_code != 0 for worker in workers)
+        if failed:
+            cluster.print_logs()
     ends = [line for mine in lines for line in mine if "pushes" in line]
     before, meanwhile = _steps(lines, calm, started), _steps(lines, came, even)
     stills = [line["stills"] for line in ends]

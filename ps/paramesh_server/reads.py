@@ -17,6 +17,7 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.counters import Counters
+from paramesh_server.decisions import for_one_thread
 from paramesh_server.sending import EncodedValues, encode_cut, encode_values
 from paramesh_server.servicer import DataPlane, Formed
 from paramesh_server.shards import Held
@@ -73,9 +74,11 @@ class Reads:
         if encoded is not None and encoded.applied_step == request.step:
             return encoded
 
+        decided, step = for_one_thread(request.committed), request.step
+
         def work() -> EncodedValues:
-            held.commit(request.committed)
-            held.partition.check_step(request.step)
+            held.commit(decided)
+            held.partition.check_step(step)
             return self._encode(held, kind)
 
         return await held.lead(work)
@@ -84,11 +87,12 @@ class Reads:
         self, held: Held, asked: ps.PartitionPull, request: ps.PullRequest, kind: int, deadline: float
     ) -> EncodedValues:
         partition = held.partition
-        if request.committed:
-            await held.lead(lambda: held.commit(request.committed))
+        if decided := for_one_thread(request.committed):
+            await held.lead(lambda: held.commit(decided))
         client = request.request.client_id
         if held.early and asked.acked_through > partition.dedup.last(client):
-            await held.lead(lambda: held.partition.take_loss(client, asked.acked_through))
+            acked = asked.acked_through
+            await held.lead(lambda: held.partition.take_loss(client, acked))
         if asked.floor_epoch > partition.epoch:
             # Seen at a newer primary: what is here may lack it, however high its numbers are.
             raise refuse(
@@ -145,11 +149,12 @@ class Reads:
             held = await self._plane.find(asked.partition, asked.epoch)
             formed = Formed(held, held.replica.reign)
             kind = request.checksum_kind or pb.CHECKSUM_KIND_CRC32
+            decided, step = for_one_thread(request.committed), request.step if request.at_step else None
 
             def work() -> Sequence[bytes]:
-                held.commit(request.committed)
-                if request.at_step:
-                    held.partition.check_step(request.step)
+                held.commit(decided)
+                if step is not None:
+                    held.partition.check_step(step)
                 return encode_cut(held.partition, kind)
 
             messages = await held.lead(work)

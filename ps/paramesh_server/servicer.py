@@ -27,6 +27,7 @@ from paramesh.v1 import parameter_server_pb2 as ps
 from paramesh.v1 import types_pb2 as pb
 
 from paramesh_server.counters import Counters
+from paramesh_server.decisions import for_one_thread
 from paramesh_server.partition import Partition
 from paramesh_server.process import rss_bytes
 from paramesh_server.receiving import ASSIGN_COPIES, Gathering, Incoming, InFlight, contribution_of, writes_of
@@ -328,7 +329,7 @@ class DataPlane:
         try:
             held = await self.find(asked.partition, asked.epoch)
             formed = Formed(held, held.replica.reign)
-            value = await held.lead(partial(_norm_of, held, list(request.committed)))
+            value = await held.lead(partial(_norm_of, held, for_one_thread(request.committed)))
             await formed.released()
             return ps.PartitionNorm(partition=asked.partition, squared_norm=value)
         except Exception as error:
