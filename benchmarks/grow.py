@@ -12,6 +12,7 @@ costs too (the third server starts on the same cores); the second is a pause of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -91,7 +92,8 @@ def _measure(mib: float, partitions: int, replicas: int, rate: int) -> Row:
         lines = [[json.loads(line) for line in out.read_text().splitlines()] for out in outs]
         failed = sum(worker.exit_code != 0 for worker in workers)
         if failed:
-            cluster.print_logs()
+            with contextlib.redirect_stdout(sys.stderr):  # stdout may be JSON
+                cluster.print_logs()
     ends = [line for mine in lines for line in mine if "pushes" in line]
     before, meanwhile = _steps(lines, calm, started), _steps(lines, came, even)
     stills = [line["stills"] for line in ends]

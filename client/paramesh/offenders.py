@@ -1,7 +1,7 @@
 """Connections that send what is no request, again and again: answered late, then cut.
 
 A refusal costs a server some 200 microseconds of its one interpreter. A client that asks for
-refusals as fast as it can would take it from everybody else, so from the third in a row on an
+refusals as fast as it can would take it from everybody else, so from the fourth in a row on an
 answer is held back, and a connection that does not learn from it is closed. A well-formed
 request in between clears its record.
 
@@ -43,9 +43,13 @@ CUT = 12
 """Offences in a row, answered or held back, after which the connection is closed."""
 
 HOT = 50.0
-"""Offences of a host, those of long ago counting less, from which on these hold: """
+"""Offences of a host, those of long ago counting less, above which it is hot."""
+
 HOT_HOLD_S = 2.0
+"""`HOLD_S` of a hot host: one answer in two seconds for each connection, which asks again at once if it may."""
+
 HOT_CUT = 3
+"""`CUT` of a hot host, counted from the first offence that is not free."""
 
 COOLS_S = 10.0
 """In so many seconds a host's offences come to count half."""

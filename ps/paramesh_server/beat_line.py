@@ -13,7 +13,6 @@ coordinator that is slow, and its answer on its way.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class Identity:
     interval: float
     """Seconds between beats."""
     timeout: float
-    """Seconds without an answer after which another stream is opened."""
+    """Seconds without an answer after which another coordinator is tried; after half of it, another connection."""
     security: Security = PLAIN
     """Of the channels to the coordinators."""
 
@@ -89,14 +88,26 @@ class Line:
                     self._streams, timeout=self._until_silent(), return_when=asyncio.FIRST_COMPLETED
                 )
                 self._streams -= done
-                if done and not self._streams:
-                    return done.pop().result()
-                for stream in done:
-                    if not stream.cancelled() and stream.exception() is None:
-                        return stream.result()
+                if (said := self._said_by(done)) is not None:
+                    return said
                 self._look(address)
         finally:
             await _end(self._streams)
+
+    def _said_by(self, ended: set[asyncio.Task[bool]]) -> bool | None:
+        """What streams that ended say; None while another stands, and of one that was given up for it."""
+        broken: BaseException | None = None
+        for stream in ended:
+            if stream.cancelled():  # by us, or by gRPC, whose own cancelling is none of this task
+                continue
+            if (error := stream.exception()) is None:
+                return stream.result()
+            broken = error
+        if self._streams:
+            return None
+        if broken is not None:
+            raise broken
+        return False if ended else None
 
     def _until_silent(self) -> float:
         """Seconds until there is something to do about silence."""
@@ -158,6 +169,4 @@ class Line:
 async def _end(streams: set[asyncio.Task[bool]]) -> None:
     for stream in streams:
         stream.cancel()
-    for stream in streams:
-        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-            await stream
+    await asyncio.gather(*streams, return_exceptions=True)
